@@ -1,0 +1,23 @@
+"""corank compresses neural networks by factorizing what they are made of.
+
+    import corank
+
+    report = corank.compress("smollm2-135m", method="svd-llm", keep=0.8, out="small")
+    model, tokenizer = corank.load("small")
+
+Importing corank registers its checkpoint format with transformers, so that ``AutoModelForCausalLM.from_pretrained``
+loads a compressed directory like any other.
+"""
+
+from corank.api import VERSION as __version__
+from corank.api import compress, evaluate, load
+from corank.budget import Budget
+from corank.checkpoint import dequantize, verify
+from corank.errors import CorankError
+from corank.recipe import Recipe, methods, register
+from corank.report import Report
+
+__all__ = [
+    "Budget", "CorankError", "Recipe", "Report", "__version__", "compress", "dequantize", "evaluate", "load", "methods",
+    "register", "verify",
+]

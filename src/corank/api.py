@@ -1,0 +1,403 @@
+"""compress(): the one call that does it all."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from corank import checkpoint
+from corank.budget import Budget
+from corank.engine.directory import DirectorySink, MemorySink, copy_companions
+from corank.engine.passes import Job, Result, run
+from corank.engine.store import read_json, torch_dtype_name, write_json
+from corank.errors import CorankError
+from corank.evaluate import PeakMemory, Perplexity, perplexity
+from corank.evaluate.perplexity import adds_bos
+from corank.model import (
+    Calibration, Outline, ResidentModel, Site, StreamedModel, Text, calibration, read_text, resolve, select_sites,
+)
+from corank.model.streaming import NotStreamable
+from corank.recipe import Recipe, get
+from corank.report import Report
+
+VERSION = "0.1.0"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that defines a run; kept in the checkpoint, and compared before a run is continued."""
+
+    method: str
+    parameters: dict[str, Any]
+    budget: dict[str, Any] | None
+    data: str
+    samples: int
+    length: int
+    seed: int
+    dtype: str
+
+
+def compress(
+    model: str | Path | PreTrainedModel,
+    method: str = "svd-llm",
+    *,
+    keep: float | str | None = None,
+    remove: float | str | None = None,
+    params: int | str | None = None,
+    bytes: int | str | None = None,
+    scope: str = "sites",
+    out: str | Path | None = None,
+    data: str | Path | Text = "builtin",
+    samples: int = 64,
+    length: int = 512,
+    seed: int = 0,
+    batch: int = 8,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    cache: str | Path | None = None,
+    progress: Callable[[int, str, float | None], None] | None = None,
+    **settings: Any,
+) -> Report:
+    """Compress a model.
+
+    Args:
+        model: a directory, hub id, ``.gguf`` file or alias, which is then streamed block by block from disk to `out`
+            and never in memory as a whole; or a model in memory, which is changed in place.
+        method: name of a registered method, see `corank.methods()`.
+        keep, remove, params, bytes: the budget, exactly one of them (``keep=0.8``, ``bytes="10GiB"``); methods with a
+            rank rule of their own (curing) work without one.
+        scope: what the budget is counted over, the compressed "sites" or the whole "model".
+        out: directory to write. For a model in memory it may be None.
+        data: calibration text: a file, ``datasets:NAME``, "builtin", or a `Text`.
+        samples, length: calibration windows and tokens in each.
+        seed: of everything random.
+        batch: windows per forward pass.
+        tokenizer: of a model in memory.
+        device, dtype: where and in what dtype blocks are computed while streaming.
+        cache: directory for statistics, shared by runs on the same model and data.
+        progress: called with (layer, stage, relative error or None).
+        settings: parameters of the method, and fields common to all: allocate, target, pack, ...
+
+    Returns:
+        the report. It has also been written to ``out/report.json``.
+
+    Raises:
+        CorankError: bad input; nothing has been written or overwritten. An interrupted run keeps ``<out>.partial`` and
+            goes on from there when it is called again.
+    """
+    entry = get(method)
+    recipe = entry.recipe(**settings)
+    given = {"keep": keep, "remove": remove, "params": params, "bytes": bytes}
+    budget = Budget.parse(**given, scope=scope) if any(v is not None for v in given.values()) or recipe.rule is None else None
+    target = None if out is None else check_target(out)
+    text = data if isinstance(data, Text) else (read_text(data) if recipe.statistics or recipe.sequential else None)
+    common = dict(
+        recipe=recipe, budget=budget, text=text, samples=samples, length=length, seed=seed, batch=batch, cache=cache,
+        progress=progress or (lambda layer, stage, error: None),
+    )
+    chosen = Settings(
+        method, {k: _json(v) for k, v in {**entry.parameters, **settings}.items()}, None if budget is None else budget.to_dict(),
+        "none" if text is None else text.sha256, samples, length, seed, str(dtype),
+    )
+    if isinstance(model, PreTrainedModel):
+        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        return _in_memory(model, tokenizer, name, chosen, target, **common)
+    if target is None:
+        raise CorankError("Give out=DIRECTORY: a model that is read from disk is written to disk.")
+    path = resolve(model)
+    if json.loads((path / "config.json").read_text()).get("quantization_config"):
+        raise CorankError(f"{path} is compressed or quantized already; start from the dense model.")
+    try:
+        source = StreamedModel(path, device, _dtype(dtype))
+    except NotStreamable:
+        whole, words = checkpoint.load(path, dtype=_dtype(dtype), device=device)
+        return _in_memory(whole, words, str(model), chosen, target, **common)
+    return _streamed(source, str(model), chosen, target, **common)
+
+
+def load(
+    model: str | Path, dtype: str | torch.dtype | None = None, device: str | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model and its tokenizer, dense or compressed.
+
+    Args:
+        model: a directory, hub id, ``.gguf`` file or alias such as ``smollm2-135m``.
+        dtype: of the weights; None: as stored.
+        device: where to put it.
+
+    Returns:
+        (model, tokenizer). A compressed model has been verified against its fingerprint.
+
+    Raises:
+        CorankError: no such model, damaged or truncated files, a format of a newer corank.
+    """
+    return checkpoint.load(resolve(model), dtype=_dtype(dtype), device=device)
+
+
+def evaluate(
+    model: PreTrainedModel, tokenizer: Any, text: str | Path | Text = "builtin-test", *, window: int = 512,
+    max_windows: int | None = None, bos: bool | None = None, batch: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:
+    """Perplexity under the fixed protocol of `corank.evaluate.perplexity`.
+
+    Args:
+        model, tokenizer: as `load` gives them.
+        text: a `Text`, the name of a built-in text, a file, or ``datasets:NAME`` (a plain string is a source, not text).
+        window, max_windows, bos, batch: see `corank.evaluate.perplexity.perplexity`; bos None: what the tokenizer does.
+
+    Raises:
+        CorankError: the text cannot be read or is too short.
+    """
+    source = text if isinstance(text, Text) else read_text(text)
+    return perplexity(
+        model, tokenizer, source.text, window=window, max_windows=max_windows, bos="auto" if bos is None else bos,
+        batch_size=batch, progress=progress,
+    )
+
+
+def check_target(out: str | Path) -> Path:
+    """The output directory, which must not exist or be empty.
+
+    Raises:
+        CorankError: it holds something; nothing is overwritten.
+    """
+    path = Path(out).expanduser()
+    if path.exists() and not path.is_dir():
+        raise CorankError(f"{path} is a file; give a directory to write.")
+    if path.is_dir() and any(path.iterdir()):
+        raise CorankError(f"{path} is not empty; give a new directory, or delete it first.")
+    return path
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CorankError(f"{dtype!r} is not a floating-point dtype; use float32, bfloat16 or float16.")
+    return found
+
+
+def _json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory.
+
+    Raises:
+        CorankError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CorankError(f"{path} has no usable tokenizer, which calibration needs ({reason}).") from None
+
+
+def _sites(recipe: Recipe, outline: Outline) -> list[Site]:
+    return select_sites(outline.sites, recipe.targets, recipe.ignore)
+
+
+def _calibration(recipe: Recipe, text: Text | None, tokenizer: Any, samples: int, length: int, seed: int) -> Calibration | None:
+    if text is None:
+        return None
+    if tokenizer is None:
+        raise CorankError("Give tokenizer=..., which calibration needs.")
+    return calibration(tokenizer, text, samples, length, seed, bos=adds_bos(tokenizer))
+
+
+def _limit(budget: Budget | None, sites: list[Site], outline: Outline, dtype: torch.dtype) -> int | None:
+    if budget is None:
+        return None
+    inside = sum(s.numel for s in sites)
+    return budget.limit(inside, outline.parameters - inside, dtype.itemsize * 8)
+
+
+def _in_memory(
+    model: PreTrainedModel, tokenizer: Any, name: str, chosen: Settings, target: Path | None, *, recipe: Recipe,
+    budget: Budget | None, text: Text | None, samples: int, length: int, seed: int, batch: int,
+    cache: str | Path | None, progress: Callable[..., None],
+) -> Report:
+    source = ResidentModel(model)
+    sites = _sites(recipe, source.outline)
+    data = _calibration(recipe, text, tokenizer, samples, length, seed)
+    sink = MemorySink()
+    with tempfile.TemporaryDirectory() as scratch, PeakMemory() as memory:
+        job = Job(
+            source, recipe, sites, _limit(budget, sites, source.outline, source.dtype), data, sink, source.dtype,
+            cache=_cache(cache, _model_key(model), data), seed=seed, batch=batch, report=progress, scratch=Path(scratch),
+        )
+        result = run(job)
+    report = make_report(name, chosen, recipe, source.outline, result, job, data, memory.peak_bytes, source.dtype)
+    meta = _meta(chosen, result, report)
+    checkpoint.attach(model, sink.modules, **meta)
+    if target is not None:
+        checkpoint.save(model, tokenizer, target)
+        report = _finish_report(report, target, source.outline, source.dtype)
+        report.save(target / "report.json")
+    return report
+
+
+def _streamed(
+    source: StreamedModel, name: str, chosen: Settings, target: Path, *, recipe: Recipe, budget: Budget | None,
+    text: Text | None, samples: int, length: int, seed: int, batch: int, cache: str | Path | None,
+    progress: Callable[..., None],
+) -> Report:
+    sites = _sites(recipe, source.outline)
+    limit = _limit(budget, sites, source.outline, source.stored_dtype)
+    tokenizer = load_tokenizer(source.path) if text is not None else None
+    data = _calibration(recipe, text, tokenizer, samples, length, seed)
+    work = target.with_name(target.name + ".partial")
+    identity = {**dataclasses.asdict(chosen), "model": _files_key(source.path)}
+    _claim(work, identity)
+    sink = DirectorySink(work, source, source.stored_dtype)
+    try:
+        with PeakMemory() as memory:
+            job = Job(
+                source, recipe, sites, limit, data, sink, source.stored_dtype, work=work,
+                cache=_cache(cache, identity["model"], data), seed=seed, batch=batch, report=progress,
+                scratch=work / "statistics",
+            )
+            result = run(job)
+            with job.stage("write"):
+                final = work / "checkpoint"
+                shutil.rmtree(final, ignore_errors=True)
+                files = sink.assemble(final)
+                copy_companions(source.path, final)
+        report = make_report(name, chosen, recipe, source.outline, result, job, data, memory.peak_bytes, source.stored_dtype)
+        notes = sink.notes()
+        meta = _meta(chosen, result, report)
+        checkpoint.finish_directory(
+            final, source.config, notes["modules"], files, fingerprint=notes["fingerprint"], **meta
+        )
+        report = _finish_report(report, final, source.outline, source.stored_dtype)
+        report.save(final / "report.json")
+        checkpoint.publish(final, target)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise CorankError(
+                f"The disk is full; {target} was not written. Free some space and run the same command again: it "
+                f"continues from {work}."
+            ) from None
+        raise
+    except CorankError:
+        if not any((work / "blocks").glob("*.json")):  # nothing worth continuing from
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def _claim(work: Path, identity: Mapping[str, Any]) -> None:
+    """Take a work directory, or go on in it if it belongs to the same run."""
+    note = work / "run.json"
+    if note.is_file():
+        if read_json(note) != json.loads(json.dumps(identity)):
+            raise CorankError(
+                f"{work} is left from a different interrupted run; repeat that command to finish it, or delete it."
+            )
+        return
+    if work.exists() and any(work.iterdir()):
+        raise CorankError(f"{work} exists and is not an interrupted run; delete it or choose another output directory.")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CorankError(f"Cannot create {work}: {error.strerror}.") from None
+    write_json(note, identity)
+
+
+def _files_key(path: Path) -> str:
+    """Identity of a checkpoint directory: names, sizes and times of its files."""
+    digest = hashlib.sha256(str(path.resolve()).encode())
+    for file in sorted(path.iterdir()):
+        if file.suffix in (".safetensors", ".json"):
+            stamp = file.stat()
+            digest.update(f"{file.name}:{stamp.st_size}:{stamp.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def _model_key(model: PreTrainedModel) -> str:
+    """Identity of a model in memory: its configuration and a sum over its weights."""
+    total = sum(float(p.detach().double().sum()) for p in model.parameters())
+    return hashlib.sha256(f"{model.config.to_json_string()}:{total!r}".encode()).hexdigest()
+
+
+def _cache(cache: str | Path | None, model_key: str, data: Calibration | None) -> Path | None:
+    if cache is None or data is None:
+        return None
+    key = hashlib.sha256(json.dumps([model_key, data.source], sort_keys=True).encode()).hexdigest()[:16]
+    return Path(cache).expanduser() / key
+
+
+def _meta(chosen: Settings, result: Result, report: Report) -> dict[str, Any]:
+    return {
+        "recipe": {"method": chosen.method, "parameters": chosen.parameters, "budget": chosen.budget},
+        "plan": result.plan.to_dict(),
+        "provenance": {"seed": chosen.seed, "data": report.data, "versions": report.versions, "model": report.model},
+    }
+
+
+def make_report(
+    name: str, chosen: Settings, recipe: Recipe, outline: Outline, result: Result, job: Job, data: Calibration | None,
+    peak: int | None, dtype: torch.dtype,
+) -> Report:
+    """The report of a run, before sizes on disk are known."""
+    import transformers
+
+    rows = result.rows
+    inside = sum(r["params_dense"] for r in rows)
+    after = sum(r["params"] for r in rows)
+    every_flop = 2 * (sum(s.numel for s in outline.sites) + outline.head)
+    saved_flops = sum(2 * r["params_dense"] - r["flops"] for r in rows)
+    rows_by_loss = [r for r in rows if r["kind"] != "dense"]
+    warnings = []
+    if not rows_by_loss:
+        warnings.append("Every site stayed dense: the budget asks for nothing, or factors would not be smaller.")
+    accounting = {
+        "sites": {"dense": inside, "compressed": after},
+        "model": {"dense": outline.parameters, "compressed": outline.parameters - inside + after},
+        "flops_per_token": {"dense": every_flop, "compressed": every_flop - saved_flops},
+        "break_even": _break_even(recipe, outline),
+    }
+    return Report(
+        model=name, method=chosen.method, corank=VERSION, parameters=chosen.parameters, budget=chosen.budget or {},
+        accounting=accounting, sites=rows, stages=dict(job.stages), peak_memory_bytes=peak, seed=chosen.seed,
+        data={} if data is None else data.source,
+        versions={
+            "corank": VERSION, "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "dtype": torch_dtype_name(dtype),
+        },
+        warnings=warnings,
+        extra={} if result.distances is None else {"angular_distances": result.distances},
+    )
+
+
+def _break_even(recipe: Recipe, outline: Outline) -> dict[str, int]:
+    """For each role, the largest rank at which the stored kind is smaller than the dense matrix."""
+    from corank.budget import count_break_even
+    from corank.factors import KINDS
+
+    shapes = {s.role: s.shape for s in outline.sites}
+    return {role: count_break_even(shape, KINDS[recipe.kind][0].count) for role, shape in shapes.items()}
+
+
+def _finish_report(report: Report, directory: Path, outline: Outline, dtype: torch.dtype) -> Report:
+    """Add the bytes on disk: of the safetensors files written, and of the dense model in the same dtype."""
+    written = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
+    accounting = {**report.accounting, "bytes": {"dense": outline.parameters * dtype.itemsize, "compressed": written}}
+    return dataclasses.replace(report, accounting=accounting)

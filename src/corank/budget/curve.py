@@ -1,0 +1,114 @@
+"""What a site would lose and cost at every rank."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from corank.errors import CorankError
+
+#: Stored values of an m x n matrix at a rank: ``count(m, n, rank)``, as every factor kind gives it.
+CountFn = Callable[[int, int, int], int]
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Loss and cost of one site (or of one group that shares a basis) at the ranks it may take.
+
+    Besides these ranks the site may always stay dense: loss 0 at ``dense_cost``.
+
+    Attributes:
+        site: name.
+        shape: (m, n).
+        ranks: int64 [K], strictly ascending, from 0 to at most min(m, n).
+        loss: float64 [K], predicted loss; NaN where it is not known (enough for `uniform`).
+        cost: int64 [K], stored values, never falling as the rank grows.
+        dense_cost: stored values when dense.
+
+    Raises:
+        CorankError: if the arrays differ in length or are not ordered as said.
+    """
+
+    site: str
+    shape: tuple[int, int]
+    ranks: np.ndarray
+    loss: np.ndarray
+    cost: np.ndarray
+    dense_cost: int
+
+    def __post_init__(self) -> None:
+        for field, dtype in (("ranks", np.int64), ("loss", np.float64), ("cost", np.int64)):
+            object.__setattr__(self, field, np.asarray(getattr(self, field)).astype(dtype))
+        if self.ranks.ndim != 1 or not self.ranks.shape == self.loss.shape == self.cost.shape:
+            raise CorankError(
+                f"The curve of {self.site!r} has {self.ranks.shape} ranks, {self.loss.shape} losses and "
+                f"{self.cost.shape} costs; give one loss and one cost per rank."
+            )
+        if self.dense_cost < 1:
+            raise CorankError(f"The site {self.site!r} is empty; leave it out.")
+        if len(self.ranks) and (self.ranks[0] < 0 or self.ranks[-1] > min(self.shape)):
+            raise CorankError(f"The curve of {self.site!r} has ranks outside 0..{min(self.shape)}.")
+        if (np.diff(self.ranks) <= 0).any() or (np.diff(self.cost) < 0).any():
+            raise CorankError(f"The curve of {self.site!r} needs ascending ranks with costs that never fall.")
+
+    @classmethod
+    def from_count(
+        cls,
+        site: str,
+        shape: tuple[int, int],
+        count: CountFn,
+        loss: Any = None,
+        ranks: Iterable[int] | None = None,
+    ) -> Curve:
+        """The curve of a factor kind.
+
+        Args:
+            site: name.
+            shape: (m, n).
+            count: ``count(m, n, rank)`` of the kind.
+            loss: array-like [K]; None: not known.
+            ranks: [K]; None: 0, 1, ... as long as ``loss``, or up to min(m, n).
+        """
+        m, n = shape
+        if ranks is None:
+            ranks = range(min(m, n) + 1 if loss is None else len(loss))
+        at = np.fromiter(ranks, dtype=np.int64)
+        cost = np.fromiter((count(m, n, rank) for rank in at.tolist()), dtype=np.int64, count=len(at))
+        losses = np.full(len(at), np.nan) if loss is None else np.asarray(loss, dtype=np.float64)
+        return cls(site, (m, n), at, losses, cost, m * n)
+
+    def weighted(self, weight: float) -> Curve:
+        """The same with every loss multiplied by ``weight`` (the currency of the site)."""
+        return replace(self, loss=self.loss * weight)
+
+    def loss_at(self, rank: int | None) -> float:
+        """Loss at a rank of the curve, 0 for None (dense)."""
+        return 0.0 if rank is None else float(self.loss[self._position(rank)])
+
+    def cost_at(self, rank: int | None) -> int:
+        """Cost at a rank of the curve, or dense for None."""
+        return self.dense_cost if rank is None else int(self.cost[self._position(rank)])
+
+    def _position(self, rank: int) -> int:
+        position = int(np.searchsorted(self.ranks, rank))
+        if position == len(self.ranks) or self.ranks[position] != rank:
+            raise CorankError(f"Rank {rank} is not on the curve of {self.site!r}.")
+        return position
+
+
+def count_break_even(shape: tuple[int, int], count_fn: CountFn) -> int:
+    """The largest rank whose factored form is smaller than the dense matrix.
+
+    Args:
+        shape: (m, n).
+        count_fn: ``count(m, n, rank)``, not falling in the rank.
+
+    Returns:
+        max {rank <= min(m, n): count(m, n, rank) < m n}, or -1 if even rank 0 is not smaller.
+    """
+    m, n = shape
+    return bisect_left(range(min(m, n) + 1), m * n, key=lambda rank: count_fn(m, n, rank)) - 1

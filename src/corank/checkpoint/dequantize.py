@@ -1,0 +1,29 @@
+"""Back to a plain dense model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from corank.checkpoint.quantizer import CorankQuantizer, drop_fallback
+from corank.checkpoint.skeleton import restore_dense
+
+
+def dequantize(model: Any) -> Any:
+    """Multiply the factors out and put stock layers back, in place.
+
+    The result has nothing of corank in it: `save_pretrained` writes a checkpoint that any tool loads, as large
+    as the original. Sites that were given a bias which the architecture does not have keep it in memory; a
+    stock loader would drop it, which is warned about.
+
+    Args:
+        model: a transformers model with factorized modules (one without is left as it is).
+
+    Returns:
+        The same object.
+    """
+    restore_dense(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, CorankQuantizer):
+        quantizer.remove_quantization_config(model)
+    drop_fallback(model.config)
+    return model

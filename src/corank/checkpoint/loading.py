@@ -1,0 +1,98 @@
+"""Opening a model directory, compressed or dense, with one clear sentence for whatever is wrong with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from corank.checkpoint.verify import check_digests, check_readable, corank_config, read_config, weight_files
+from corank.errors import CorankError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def load(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | Mapping[str, Any] | None = None,
+    *,
+    verify: bool = True,
+    tokenizer: bool = True,
+    **kwargs: Any,
+) -> tuple[Any, Any]:
+    """Open a model directory.
+
+    Args:
+        path: directory, compressed by corank or dense.
+        dtype: of the parameters; None takes the stored one.
+        device: a device, `"auto"` or a device map; None is the CPU.
+        verify: compare the SHA-256 of compressed weight files before loading. The norms of the factors are always
+            compared after loading.
+        tokenizer: also load the tokenizer.
+        kwargs: passed on to `from_pretrained`.
+
+    Returns:
+        (model in evaluation mode, tokenizer or None).
+
+    Raises:
+        CorankError: not a model directory, newer format, missing or damaged file, missing tokenizer, parameters that
+            the files do not hold.
+    """
+    root = Path(path)
+    config = read_config(root)
+    section = corank_config(config)
+    files = weight_files(root)
+    check_readable(files)
+    if section is not None and not files:
+        raise CorankError(f"{root} has no safetensors weights; download or write the model again.")
+    if tokenizer and not any((root / name).is_file() for name in TOKENIZER_FILES):
+        raise CorankError(f"{root} has no tokenizer; copy the tokenizer files of the original model into it.")
+    if verify and section is not None:
+        check_digests(root, section.files or {})
+    if device is not None:
+        kwargs["device_map"] = device if isinstance(device, str | Mapping) else str(device)
+    try:
+        model, info = _model_class(config, kwargs).from_pretrained(
+            root, dtype="auto" if dtype is None else dtype, output_loading_info=True, **kwargs
+        )
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise CorankError(
+                f"{root} holds no values for {len(missing)} parameters (first: {missing[0]}); they would be random. "
+                "Download or write the model again."
+            )
+        return model, _tokenizer(root, kwargs) if tokenizer else None
+    except (CorankError, torch.OutOfMemoryError):
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise CorankError(f"Could not load {root}: {str(error).strip() or type(error).__name__}") from error
+
+
+def _model_class(config: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Any:
+    """The class named in the config; custom code and configs without a class go through the Auto classes."""
+    architecture = (config.get("architectures") or [""])[0]
+    custom = kwargs.get("trust_remote_code") and "AutoModelForCausalLM" in (config.get("auto_map") or {})
+    if not custom and hasattr(transformers, architecture):
+        return getattr(transformers, architecture)
+    causal = transformers.AutoModelForCausalLM
+    known = {config_class.model_type for config_class in causal._model_mapping}  # type: ignore[attr-defined]
+    return causal if custom or config.get("model_type") in known else transformers.AutoModel
+
+
+def _tokenizer(root: Path, kwargs: Mapping[str, Any]) -> Any:
+    trust = bool(kwargs.get("trust_remote_code"))
+    return transformers.AutoTokenizer.from_pretrained(root, trust_remote_code=trust)

@@ -1,0 +1,102 @@
+"""The door into `from_pretrained` and `save_pretrained`: transformers' quantizer interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from accelerate.utils import align_module_device
+from transformers.integrations import is_fsdp_enabled
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+
+from corank.checkpoint.config import QUANT_METHOD, CorankConfig
+from corank.checkpoint.skeleton import build, collect, factorized, restore_dense
+from corank.checkpoint.verify import check_fingerprint, fingerprint
+
+FALLBACK_MODULE = "modeling_corank"
+
+
+class CorankQuantizer(HfQuantizer):
+    """Builds the factorized modules before the weights arrive and checks them afterwards.
+
+    The modules compute with ordinary floating-point parameters, so the model can be cast, trained, compiled,
+    saved and given adapters like any other.
+    """
+
+    # Forbids from_pretrained(<dense directory>, quantization_config=CorankConfig(...)): compressing is not loading.
+    requires_calibration = True
+    quantization_config: CorankConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        build(model, self.quantization_config.modules)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for layer in factorized(model).values():
+            with align_module_device(layer):  # fetches what has been offloaded to disk
+                layer.finalize()
+        # Nothing here needs the protections of integer weights: .half(), .float() and .to(dtype) are fine.
+        model.is_quantized = False  # type: ignore[assignment]
+        drop_fallback(model.config)
+        if not is_fsdp_enabled():  # other ranks then hold placeholders until the weights are broadcast
+            check_fingerprint(model, self.quantization_config.fingerprint or {})
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        restore_dense(model)
+        drop_fallback(model.config)
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        """Called by `save_pretrained` before it writes the config: bring the map and the norms up to date.
+
+        The model may have been trained, or compressed further, since the config was made.
+        """
+        config = self.quantization_config
+        if not getattr(model, "_hf_peft_config_loaded", False):
+            config.modules, config.fingerprint, config.files = collect(model), fingerprint(model), None
+            model.config.quantization_config = config  # type: ignore[union-attr]
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """The factors themselves can be trained; without this the Trainer insists on adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def drop_fallback(config: Any) -> None:
+    """Forget the `auto_map` entries of the shipped fallback: a plain `save_pretrained` does not copy its file."""
+    auto_map = {
+        k: v for k, v in (getattr(config, "auto_map", None) or {}).items() if FALLBACK_MODULE not in str(v)
+    }
+    if auto_map:
+        config.auto_map = auto_map
+    elif hasattr(config, "auto_map"):
+        del config.auto_map
+
+
+def register() -> None:
+    """Make transformers know `quant_method: corank`. Safe to call again; takes over from the shipped fallback."""
+    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
+    AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
+    register_quantization_config(QUANT_METHOD)(CorankConfig)
+    register_quantizer(QUANT_METHOD)(CorankQuantizer)
+
+
+register()

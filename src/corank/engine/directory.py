@@ -1,0 +1,148 @@
+"""Writing a compressed model block by block into a directory, without ever holding the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from corank.checkpoint.verify import norm_of
+from corank.engine.site import Replacement
+from corank.engine.store import write_json, write_tensors
+from corank.model import StreamedModel
+
+SHARD_BYTES = 1 << 29
+"""Tensors written at once. Small, because a shard has to be in memory while it is written."""
+
+
+class DirectorySink:
+    """Takes finished blocks and keeps each in a file of its own until the whole is assembled.
+
+    Args:
+        work: directory of the run.
+        source: the model being streamed.
+        dtype: dtype of the stored factors and of everything else (the source's own).
+    """
+
+    def __init__(self, work: Path, source: StreamedModel, dtype: torch.dtype):
+        self.folder, self.source, self.dtype = work / "blocks", source, dtype
+
+    def _file(self, layer: int) -> Path:
+        return self.folder / f"{layer:05d}.safetensors"
+
+    def _note(self, layer: int) -> Path:
+        return self.folder / f"{layer:05d}.json"
+
+    def done(self, layer: int) -> list[dict[str, Any]] | None:
+        """Report rows of a block that is finished already, else None."""
+        return json.loads(self._note(layer).read_text())["rows"] if self._note(layer).is_file() else None
+
+    def put(self, layer: int, block: nn.Module, replacements: list[Replacement], rows: list[dict[str, Any]]) -> None:
+        """Write a block; the note is written last and says that the block is complete. Its memory is freed."""
+        prefix = f"{self.source.outline.blocks}.{layer}."
+        tensors = {prefix + k: self._stored(v) for k, v in block.state_dict().items()}
+        write_tensors(self._file(layer), tensors)
+        local = self.source.outline.local
+        modules = {r.site.name: block.get_submodule(local(r.site)) for r in replacements}
+        note = {
+            "rows": rows,
+            "modules": {name: module.spec() for name, module in modules.items()},
+            "fingerprint": {
+                name: norm_of(self._stored(t) for t in module.state_dict().values()) for name, module in modules.items()
+            },
+        }
+        write_json(self._note(layer), note)
+        block.to("meta")
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", self.dtype if tensor.is_floating_point() else tensor.dtype)
+
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """Specs ("modules") and "fingerprint" of all replaced modules."""
+        merged: dict[str, dict[str, Any]] = {"modules": {}, "fingerprint": {}}
+        for layer in range(self.source.outline.layers):
+            note = json.loads(self._note(layer).read_text())
+            for key, value in merged.items():
+                value.update(note[key])
+        return merged
+
+    def _tensors(self) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+        """(name, bytes, read) of every tensor of the result."""
+        blocks = self.source.outline.blocks + "."
+        item = self.dtype.itemsize
+        shapes = {n: t.numel() for n, t in self.source.model.state_dict().items()}
+        for name in self.source.keys:
+            if not name.startswith(blocks):
+                yield name, shapes[name] * item, lambda name=name: self._stored(self.source.read(name))  # type: ignore[misc]
+        for layer in range(self.source.outline.layers):
+            with safe_open(self._file(layer), framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    size = torch.Size(file.get_slice(name).get_shape()).numel() * item
+                    yield name, size, lambda name=name, file=file: file.get_tensor(name)  # type: ignore[misc]
+
+    def assemble(self, target: Path, shard_bytes: int = SHARD_BYTES) -> list[str]:
+        """Write the safetensors files of the result into `target`, and the index if there are several.
+
+        Returns:
+            their names.
+        """
+        target.mkdir(parents=True, exist_ok=True)
+        shards: list[dict[str, int]] = []
+        batch: dict[str, Tensor] = {}
+        size = total = 0
+
+        def flush() -> None:
+            nonlocal size
+            save_file(batch, target / f"shard-{len(shards)}", metadata={"format": "pt"})
+            shards.append({name: tensor.nbytes for name, tensor in batch.items()})
+            batch.clear()
+            size = 0
+
+        for name, bytes_, read in self._tensors():
+            if batch and size + bytes_ > shard_bytes:
+                flush()
+            batch[name] = read().contiguous()
+            size += bytes_
+        flush()
+        count = len(shards)
+        names = [
+            "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
+        ]
+        for i, name in enumerate(names):
+            (target / f"shard-{i}").rename(target / name)
+            total += sum(shards[i].values())
+        if count > 1:
+            weight_map = {key: names[i] for i in range(count) for key in shards[i]}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_json(target / "model.safetensors.index.json", index)
+        return names
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the small files that travel with weights: tokenizer, generation settings, chat template."""
+    for file in sorted(source.iterdir()):
+        skip = file.name in ("config.json", "report.json") or "safetensors" in file.name
+        if file.is_file() and not skip and file.suffix in (".json", ".txt", ".model", ".jinja"):
+            shutil.copyfile(file, target / file.name)
+
+
+class MemorySink:
+    """For a model that stays in memory: the blocks are in place already; their specs are collected."""
+
+    def __init__(self) -> None:
+        self.modules: dict[str, nn.Module] = {}
+
+    def done(self, layer: int) -> list[dict[str, Any]] | None:
+        """Nothing is finished beforehand."""
+        return None
+
+    def put(self, layer: int, block: nn.Module, replacements: list[Replacement], rows: list[dict[str, Any]]) -> None:
+        """Note the replaced layers."""
+        self.modules |= {r.site.name: r.module for r in replacements}

@@ -1,0 +1,139 @@
+"""One site: from its weight and its statistics to the layer that replaces it, and what is reported of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from corank.errors import CorankError
+from corank.factorize import Factored, Geometry, Measured, Metric
+from corank.factors import KINDS, Factors, LowRank, packed, weight_of
+from corank.linalg import refit_output, retarget
+from corank.model import Site
+from corank.recipe import Recipe
+from corank.statistics import Cross, Gram
+
+CURVE_POINTS = 33
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """The layer that takes a site's place, and its row in the report."""
+
+    site: Site
+    module: nn.Module
+    factors: Factors
+    row: dict[str, Any]
+
+
+def cost(recipe: Recipe, site: Site, rank: int) -> int:
+    """Stored values of a site at a rank, as the recipe stores it. An affine recipe brings a bias where there is none."""
+    extra = site.shape[0] if recipe.affine and not site.bias else 0
+    return KINDS[recipe.kind][0].count(*site.shape, rank) + extra
+
+
+def generator_for(seed: int, site: Site) -> torch.Generator:
+    """A generator that depends on the seed and the site alone, not on the order in which sites are visited."""
+    digest = hashlib.sha256(f"{seed}:{site.name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def read_site(block: nn.Module, site: Site, path: str) -> tuple[Tensor, Tensor | None]:
+    """W [m, n] and bias [m] of a site.
+
+    Raises:
+        CorankError: the weight is not finite; the site is named.
+    """
+    module = block.get_submodule(path)
+    W = weight_of(module)
+    if not torch.isfinite(W).all():
+        raise CorankError(f"The weight of {site.name} (layer {site.layer}) holds NaN or infinity; the checkpoint is damaged.")
+    bias = getattr(module, "bias", None)
+    return W, None if bias is None else bias.detach()
+
+
+def site_geometry(recipe: Recipe, measured: Measured) -> Geometry:
+    """The recipe's geometry; about the mean input if the recipe is affine (`measured.metric()` is centred then)."""
+    geometry = recipe.geometry(measured)
+    return dataclasses.replace(geometry, mean=measured.gram.mean) if recipe.affine else geometry
+
+
+def factorize_site(
+    recipe: Recipe,
+    site: Site,
+    W: Tensor,
+    bias: Tensor | None,
+    measured: Measured,
+    rank: int,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    drifted: Gram | None = None,
+    cross: Cross | None = None,
+) -> Replacement:
+    """Factorize one site at a given rank.
+
+    Args:
+        W, bias: the dense layer, [m, n] and [m] or None.
+        measured: statistics that define the geometry.
+        drifted: second moment of the inputs the layer will really see; needed if the recipe refits.
+        cross: joint moments of both streams; needed if the target is anchored.
+        seed: of the run.
+        dtype: of the stored factors.
+    """
+    geometry = site_geometry(recipe, measured)
+    target, mean_out = W.double(), None
+    if cross is not None:  # anchored: T = W C H^+ reproduces the dense outputs from the drifted inputs
+        mean_out = target @ cross.mean
+        target = retarget(target, cross.C, cross.H)
+    factored = recipe.factorize.factorize(target, geometry, rank, generator_for(seed, site))
+    factors: Factors = factored.factors
+    if recipe.refit and drifted is not None:
+        _, A = factors.pair()
+        factors = LowRank(refit_output(target @ drifted.G, A, drifted.G), A)
+        geometry = Geometry(Metric(drifted.G), mean=None)
+    if recipe.pack and factors.kind in ("low_rank", "cur"):
+        factors = packed(factors, dtype=dtype)
+    factors = factors.astype(dtype)
+    W_new = factors.astype(torch.float64).dense()
+    new_bias = bias
+    if geometry.mean is not None:
+        before = mean_out if mean_out is not None else W.double() @ geometry.mean
+        shift = before - W_new @ geometry.mean
+        new_bias = (shift if bias is None else bias.double() + shift).to(dtype)
+    row = _row(recipe, site, factors, factored, geometry, target, W_new)
+    return Replacement(site, factors.module(new_bias), factors, row)
+
+
+def _row(
+    recipe: Recipe, site: Site, factors: Factors, factored: Factored, geometry: Geometry, target: Tensor, W_new: Tensor
+) -> dict[str, Any]:
+    total = geometry.loss(target)
+    scale = math.sqrt(total) if total > 0 else 1.0
+    curve: list[list[float]] = []
+    if factored.curve is not None:
+        start = math.sqrt(float(factored.curve[0])) or 1.0
+        ranks = torch.linspace(0, len(factored.curve) - 1, min(CURVE_POINTS, len(factored.curve))).round().long()
+        curve = [[int(r), math.sqrt(max(float(factored.curve[r]), 0.0)) / start] for r in ranks]
+    return {
+        "name": site.name, "role": site.role, "layer": site.layer, "shape": list(site.shape), "kind": factors.kind,
+        "rank": factors.rank, "max_rank": min(site.shape), "params": cost(recipe, site, factors.rank),
+        "params_dense": site.numel, "flops": factors.flops(1),
+        "loss": math.sqrt(geometry.loss(target - W_new)) / scale,
+        "predicted_loss": math.sqrt(max(factored.predicted, 0.0)) / scale, "curve": curve,
+    }
+
+
+def dense_row(site: Site) -> dict[str, Any]:
+    """The report's row of a site that stays as it is."""
+    return {
+        "name": site.name, "role": site.role, "layer": site.layer, "shape": list(site.shape), "kind": "dense",
+        "rank": min(site.shape), "max_rank": min(site.shape), "params": site.numel, "params_dense": site.numel,
+        "flops": 2 * site.numel, "loss": 0.0, "predicted_loss": 0.0, "curve": [],
+    }

@@ -1,0 +1,93 @@
+"""Storing a rank-k matrix as k of its own rows plus the coefficients of the others: k (m + n - k) values, no
+loss.
+
+This is PIFA (arXiv:2501.19090), the interpolative form of an already chosen low-rank pair: it saves exactly
+k^2 values and k^2 multiplications per input vector over the pair, and breaks even at full rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from corank.errors import CorankError
+from corank.linalg.operands import matrix, work_dtype
+from corank.linalg.selection import maxvol, qr_pivots
+
+
+@dataclass(frozen=True)
+class Packed:
+    """D = B A [m, n] with D[pivots] = rows and D[others] = rest @ rows; others = the sorted complement of
+    pivots.
+
+    Attributes:
+        pivots: int64 [k], ascending.
+        rows: [k, n].
+        rest: [m - k, k], entries of size at most 2.
+    """
+
+    pivots: Tensor
+    rows: Tensor
+    rest: Tensor
+
+    @property
+    def others(self) -> Tensor:
+        """int64 [m - k], ascending: the rows that are combinations of the stored ones."""
+        free = torch.ones(len(self.pivots) + self.rest.shape[0], dtype=torch.bool, device=self.pivots.device)
+        free[self.pivots] = False
+        return free.nonzero()[:, 0]
+
+    @property
+    def numel(self) -> int:
+        """Stored values including the indices: k (m + n - k) + k."""
+        return self.rows.numel() + self.rest.numel() + self.pivots.numel()
+
+
+def pack(B: Tensor, A: Tensor) -> Packed:
+    """Rewrite the pair B A by k pivot rows, chosen so that no coefficient exceeds 2.
+
+    Pivots come from the column-pivoted QR of Q^T, Q = qr(B).Q (the interpolation depends on the range of B
+    only, and a B of deficient rank needs no special case), followed by maximum-volume swaps.
+
+    Args:
+        B: [m, k], k <= m, any rank.
+        A: [k, n].
+
+    Returns:
+        Packed in the dtype of B (float32 for half precisions); the work is float64.
+
+    Raises:
+        CorankError: shapes that do not chain, k > m, NaN or infinity.
+
+    Source: PIFA (arXiv:2501.19090); the swap bound is that of strong rank-revealing QR (Gu and Eisenstat
+    1996).
+    """
+    matrix("B", B)
+    matrix("A", A)
+    m, k = B.shape
+    if A.shape[0] != k:
+        raise CorankError(f"B A does not chain: B is {list(B.shape)}, A is {list(A.shape)}.")
+    if k > m:
+        raise CorankError(
+            f"A matrix with {m} rows cannot have {k} pivot rows; reduce the rank to at most {m}."
+        )
+    B64 = B.double()
+    Q = torch.linalg.qr(B64).Q
+    start = qr_pivots(Q.T) if k else torch.empty(0, dtype=torch.long, device=B.device)
+    pivots, F = maxvol(Q, start, tolerance=2.0)
+    pivots, order = torch.sort(pivots)
+    others = torch.ones(m, dtype=torch.bool, device=B.device)
+    others[pivots] = False
+    dtype = work_dtype(B)
+    return Packed(pivots, (B64[pivots] @ A.double()).to(dtype), F[others][:, order].to(dtype))
+
+
+def unpack(packed: Packed) -> Tensor:
+    """The dense matrix [m, n] of a Packed: gather of the stored rows and their combinations."""
+    k, n = packed.rows.shape
+    D = packed.rows.new_empty(k + packed.rest.shape[0], n)
+    D[packed.pivots] = packed.rows
+    D[packed.others] = packed.rest @ packed.rows
+    return D

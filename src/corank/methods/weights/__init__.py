@@ -1,0 +1,1 @@
+"""Methods that factorize weight matrices after training."""

@@ -1,0 +1,26 @@
+"""LoRD: low-rank decomposition of monolingual code models (Kaushal et al. 2023, arXiv:2309.14021).
+
+    C_y = E[(y - mean y)(y - mean y)^T];  Q = its top-k eigenvectors;  B = Q, A = Q^T W;  b' = b + (W - W') mean x.
+
+Needs: Gram matrix and mean of the inputs (C_y = W G_c W^T, no outputs are stored). Stores: a factor pair and a bias.
+The same estimator as `svd-llm` on centred inputs.
+"""
+
+from __future__ import annotations
+
+from corank.factorize import Geometry, Measured, Spectral
+from corank.recipe import Recipe, register
+
+
+@register("lord", family="weights", cite="arXiv:2309.14021")
+def lord(precision: str = "double") -> Recipe:
+    """Principal components of each layer's output, the mean output going to the bias.
+
+    Args:
+        precision: "double" or "mixed".
+    """
+
+    def geometry(measured: Measured) -> Geometry:
+        return Geometry(measured.metric())
+
+    return Recipe(statistics=("gram",), geometry=geometry, factorize=Spectral(precision), affine=True)

@@ -1,0 +1,11 @@
+"""Models as sequences of blocks and matrices, and the texts to run them on."""
+
+from corank.model.outline import Outline, Site, outline, select_sites
+from corank.model.streaming import ResidentModel, StreamedModel
+from corank.model.text import Calibration, Text, calibration, read_text
+from corank.model.zoo import ALIASES, resolve
+
+__all__ = [
+    "ALIASES", "Calibration", "Outline", "ResidentModel", "Site", "StreamedModel", "Text",
+    "calibration", "outline", "read_text", "resolve", "select_sites",
+]

@@ -1,0 +1,157 @@
+"""Text to calibrate on and to evaluate on.
+
+The built-in texts need no download: they are part of every Python installation. `builtin` (for calibration)
+and `builtin-test` (for evaluation) are disjoint topics of the language reference, English technical prose;
+`builtin-code` is source code of the standard library, the set outside the calibration domain.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corank.errors import CorankError
+
+BUILTIN = ("builtin", "builtin-test", "builtin-code")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and where it came from. `sha256` identifies it in reports."""
+
+    text: str
+    source: str
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the UTF-8 text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token windows to calibrate on.
+
+    Attributes:
+        ids: [samples, length] token ids.
+        mask: [samples, length] bool, True for real tokens; None if all are.
+        source: description for the report, with the text's hash.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    source: dict[str, Any]
+
+
+def read_text(source: str | Path) -> Text:
+    """Read a text.
+
+    Args:
+        source: one of `BUILTIN`; a file ``.txt``, ``.jsonl`` (its field ``text``), either with ``.gz``; or
+            ``datasets:NAME[:CONFIG[:SPLIT]]`` through the `datasets` library.
+
+    Raises:
+        CorankError: no such file, no text in it, or the optional extra is missing.
+    """
+    name = str(source)
+    if name in BUILTIN:
+        return Text(_code() if name == "builtin-code" else _topics(test=name == "builtin-test"), name)
+    if name.startswith("datasets:"):
+        return Text(_from_datasets(name), name)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise CorankError(f"There is no text file {path}; give a .txt or .jsonl file, datasets:NAME, or {', '.join(BUILTIN)}.")
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = raw.decode("utf-8")
+        if path.name.removesuffix(".gz").endswith(".jsonl"):
+            text = "\n\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CorankError(f"{path} could not be read as text ({type(error).__name__}: {error}).") from None
+    if not text.strip():
+        raise CorankError(f"{path} holds no text.")
+    return Text(text, path.name)
+
+
+def calibration(
+    tokenizer: Any, text: Text, samples: int = 64, length: int = 512, seed: int = 0, bos: bool = False
+) -> Calibration:
+    """Cut a text into windows of tokens and draw `samples` of them without replacement.
+
+    Windows do not overlap; which ones are drawn depends only on `seed`.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        samples: number of windows.
+        length: tokens in a window.
+        seed: of the draw.
+        bos: begin each window with the tokenizer's BOS token.
+
+    Raises:
+        CorankError: the text has fewer than `samples` windows.
+    """
+    if samples < 1 or length < 2:
+        raise CorankError("Calibration needs at least 1 sample of at least 2 tokens.")
+    ids = torch.tensor(tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    payload = length - int(bos)
+    windows = len(ids) // payload
+    if windows < samples:
+        raise CorankError(
+            f"The calibration text {text.source!r} has {len(ids)} tokens, {windows} windows of {payload}, but {samples} "
+            f"are asked for; give a longer text or fewer samples (--samples {max(windows, 1)})."
+        )
+    chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
+    table = ids[: windows * payload].view(windows, payload)[chosen]
+    if bos:
+        if tokenizer.bos_token_id is None:
+            raise CorankError("The tokenizer has no BOS token to begin calibration windows with.")
+        table = torch.cat([torch.full((samples, 1), tokenizer.bos_token_id), table], dim=1)
+    source = {"text": text.source, "sha256": text.sha256, "samples": samples, "length": length, "seed": seed, "bos": bos}
+    return Calibration(table, None, source)
+
+
+def _topics(test: bool) -> str:
+    """Topics of the language reference, one in four (by hash of its name) for the test set."""
+    from pydoc_data.topics import topics
+
+    chosen = [n for n in sorted(topics) if (hashlib.sha256(n.encode()).digest()[0] % 4 == 0) is test]
+    return "\n\n".join(topics[name].strip() for name in chosen)
+
+
+def _code(characters: int = 400_000) -> str:
+    """Modules of the standard library, in the order of the hash of their names."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    modules = sorted(folder.glob("*.py"), key=lambda p: hashlib.sha256(p.name.encode()).hexdigest())
+    parts, size = [], 0
+    for module in modules:
+        text = module.read_text(encoding="utf-8", errors="replace")
+        parts.append(text)
+        size += len(text)
+        if size >= characters:
+            break
+    return "\n\n".join(parts)[:characters]
+
+
+def _from_datasets(name: str) -> str:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise CorankError("Text from the hub needs an optional package: pip install 'corank[eval]'.") from None
+    _, dataset, *rest = name.split(":")
+    config, split = (rest + [None, None])[:2]
+    try:
+        rows = load_dataset(dataset, config or None, split=split or "train")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CorankError(f"The datasets library could not load {name!r}: {reason}") from None
+    if "text" not in rows.column_names:
+        raise CorankError(f"{name!r} has no column 'text' (it has {', '.join(rows.column_names)}).")
+    return "\n\n".join(rows["text"])

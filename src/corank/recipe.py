@@ -1,0 +1,284 @@
+"""Recipes: a method is data over the stages of one engine; and the registry of methods.
+
+A method is a registered function that returns a `Recipe`; its signature is its hyper-parameter schema, from which
+the command line, YAML files and the docs are made:
+
+    @register("asvd", family="weights", cite="arXiv:2312.05821")
+    def asvd(alpha: float = 0.5) -> Recipe: ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import importlib
+import inspect
+import pkgutil
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from corank.budget import ALLOCATORS
+from corank.errors import CorankError, unknown
+from corank.factorize import Factorizer, Geometry, Measured, Spectral
+from corank.model import Site
+
+
+@dataclass(frozen=True)
+class RankChoice:
+    """What a paper's own rank rule may look at.
+
+    Attributes:
+        sites: the candidates.
+        distances: angular distance between the input and the output of every layer ("angular" must be measured).
+        limit: parameters allowed over the sites, None without a budget.
+        cost: (site, rank) -> stored values.
+        load: site -> (W [m, n], its statistics); reads the weights of that block.
+    """
+
+    sites: list[Site]
+    distances: list[float]
+    limit: int | None
+    cost: Callable[[Site, int], int]
+    load: Callable[[Site], tuple[Tensor, Measured]]
+
+    @property
+    def dense(self) -> int:
+        """Parameters of all candidates, dense."""
+        return sum(site.numel for site in self.sites)
+
+
+Rule = Callable[[RankChoice], dict[str, int]]
+"""A paper's own rank rule: rank by site name; sites left out stay dense."""
+
+TARGETS = ("dense", "shifted", "anchored")
+
+
+def plain(_measured: Measured) -> Geometry:
+    """The geometry that knows no data: ``|| W - W' ||_F``."""
+    return Geometry()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a method does at each stage.
+
+    Attributes:
+        statistics: names of what to measure (`corank.statistics.STATISTICS`).
+        geometry: from the statistics of a site to the loss that is minimised.
+        factorize: from a weight and a geometry to factors.
+        allocate: name of the allocator that distributes the budget.
+        currency: what an allocator adds up over the sites: "relative", each site's loss as a share of its energy, or
+            "energy", the loss itself.
+        rule: the paper's own rank rule, in place of an allocator; None: `allocate` is used.
+        target: what the factorized layer should reproduce: "dense" W on the dense model's inputs (one shot), "shifted"
+            W on the inputs it will really see, "anchored" the dense model's output from the inputs it will really see.
+        refit: refit B by least squares on the inputs the layer will really see (SVD-LLM's update).
+        affine: measure about the mean input and let the bias absorb the mean (LoRD); needs the statistic "gram".
+        pack: store the result in pivoted form, which is smaller at the same rank.
+        targets: roles, globs or ``re:`` patterns of the sites to compress; None: all.
+        ignore: the same, of sites to leave alone.
+        floor: lowest rank, as a fraction of the uniform one.
+        multiple_of: ranks are multiples of this.
+    """
+
+    statistics: tuple[str, ...] = ()
+    geometry: Callable[[Measured], Geometry] = plain
+    factorize: Factorizer = dataclasses.field(default_factory=Spectral)
+    allocate: str = "uniform"
+    currency: str = "relative"
+    rule: Rule | None = None
+    target: str = "dense"
+    refit: bool = False
+    affine: bool = False
+    pack: bool = False
+    targets: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] | None = None
+    floor: float = 0.0
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        if self.allocate not in ALLOCATORS:
+            raise unknown("allocator", self.allocate, ALLOCATORS)
+        if self.target not in TARGETS:
+            raise unknown("target", self.target, TARGETS)
+        if self.currency not in ("relative", "energy"):
+            raise unknown("currency", self.currency, ("relative", "energy"))
+        if self.multiple_of < 1 or not 0 <= self.floor <= 1:
+            raise CorankError("multiple_of must be at least 1, and floor between 0 and 1.")
+        if self.affine and "gram" not in self.statistics:
+            raise CorankError("affine=true needs a method that measures the Gram matrix, such as svd-llm.")
+        if self.refit and self.factorize.kind != "low_rank":
+            raise CorankError("refit=true needs a method that yields two free factors, such as svd-llm; selected "
+                              "columns and rows cannot be refitted.")
+
+    @property
+    def kind(self) -> str:
+        """The kind of factors that is stored."""
+        return "row_pivoted" if self.pack and self.factorize.kind != "column_pivoted" else self.factorize.kind
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the second activation stream, of the compressed model, is needed."""
+        return self.target != "dense" or self.refit
+
+
+#: what can be set on any method, besides its own parameters
+COMMON: dict[str, Any] = {
+    f.name: f.default
+    for f in dataclasses.fields(Recipe)
+    if f.name in ("allocate", "currency", "target", "refit", "affine", "pack", "targets", "ignore", "floor", "multiple_of")
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method.
+
+    Attributes:
+        name, family, cite: as registered.
+        build: the function; its signature is the schema.
+    """
+
+    name: str
+    family: str
+    cite: str
+    build: Callable[..., Recipe]
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (inspect.getdoc(self.build) or "").split("\n", 1)[0]
+
+    @property
+    def doc(self) -> str:
+        """The docstring of the method and of its file."""
+        module = inspect.getdoc(importlib.import_module(self.build.__module__)) or ""
+        return f"{module}\n\n{inspect.getdoc(self.build) or ''}".strip()
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Name -> default of the method's own parameters."""
+        return {n: p.default for n, p in inspect.signature(self.build).parameters.items()}
+
+    def recipe(self, **settings: Any) -> Recipe:
+        """The recipe with some parameters, or fields common to all methods, set.
+
+        Strings are converted to the type of the parameter.
+
+        Raises:
+            CorankError: an unknown name, or a value of the wrong type.
+        """
+        hints = typing.get_type_hints(self.build)
+        common_hints = typing.get_type_hints(Recipe)
+        own: dict[str, Any] = {}
+        common: dict[str, Any] = {}
+        for name, value in settings.items():
+            if name in self.parameters:
+                own[name] = _convert(name, value, hints.get(name, str))
+            elif name in COMMON:
+                common[name] = _convert(name, value, common_hints[name])
+            else:
+                raise unknown(f"setting of {self.name!r}", name, [*self.parameters, *COMMON])
+        recipe = self.build(**own)
+        if "allocate" in common:  # an allocator that was asked for replaces the paper's own rule
+            common["rule"] = None
+        return dataclasses.replace(recipe, **common)
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    options = [t for t in typing.get_args(hint) if t is not type(None)] or [hint]
+    if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in typing.get_args(hint)):
+        return None
+    wanted = typing.get_origin(options[0]) or options[0]
+    try:
+        if wanted is tuple:
+            return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+        if wanted is bool:
+            table = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+            return value if isinstance(value, bool) else table[str(value).lower()]
+        if wanted is int and isinstance(value, float) and not value.is_integer():
+            raise ValueError
+        return wanted(value) if wanted in (int, float, str) else value
+    except (KeyError, ValueError, TypeError):
+        raise CorankError(f"The setting {name}={value!r} should be of type {wanted.__name__}.") from None
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(name: str, *, family: str, cite: str) -> Callable[[Callable[..., Recipe]], Callable[..., Recipe]]:
+    """Register a function that returns a `Recipe` as a method."""
+
+    def decorate(build: Callable[..., Recipe]) -> Callable[..., Recipe]:
+        if name in _METHODS and _METHODS[name].build.__module__ != build.__module__:
+            raise ValueError(f"method {name!r} is registered twice")
+        _METHODS[name] = Method(name, family, cite, build)
+        return build
+
+    return decorate
+
+
+def _discover() -> None:
+    package = importlib.import_module("corank.methods")
+    for module in pkgutil.walk_packages(package.__path__, "corank.methods."):
+        importlib.import_module(module.name)
+
+
+def methods(pattern: str = "*", family: str | None = None) -> list[Method]:
+    """Registered methods whose name matches a glob, e.g. ``methods("svd*")``, in alphabetical order."""
+    _discover()
+    found = [m for n, m in sorted(_METHODS.items()) if fnmatch.fnmatch(n, pattern)]
+    return [m for m in found if family is None or m.family == family]
+
+
+def get(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        CorankError: there is none; the nearest names are suggested.
+    """
+    _discover()
+    if name not in _METHODS:
+        raise unknown("method", name, _METHODS)
+    return _METHODS[name]
+
+
+RUN_KEYS = ("method", "set", "keep", "remove", "params", "bytes", "scope", "samples", "length", "seed", "data", "model")
+
+
+def to_yaml(run: Mapping[str, Any]) -> str:
+    """A run (method, its settings, budget, calibration) as YAML."""
+    return yaml.safe_dump({k: _plain(v) for k, v in run.items() if v is not None}, sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a run back from YAML.
+
+    Raises:
+        CorankError: the file is missing, is not a mapping, or has an unknown key.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise CorankError(f"There is no recipe file {file}.")
+    try:
+        run = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise CorankError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(run, dict):
+        raise CorankError(f"{file} should be a mapping with keys such as method, set, keep.")
+    for key in run:
+        if key not in RUN_KEYS:
+            raise unknown(f"key in {file}", str(key), RUN_KEYS)
+    return run

@@ -1,0 +1,149 @@
+"""What was done to a model and what came of it. JSON first: tables, plots, the page and the card are made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from corank.errors import CorankError
+from corank.evaluate.jsonfile import decode, encode, read_json, write_json
+
+ACCOUNTS = ("sites", "model", "bytes", "flops_per_token")
+ROLES = ("embed", "q", "k", "v", "o", "gate", "up", "down", "lm_head")
+
+_SITE_KEYS = {"name", "role", "layer", "shape", "kind", "rank", "max_rank", "params", "params_dense", "loss"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The record of one compression. Every field is plain JSON; only ``model`` and ``method`` are required.
+
+    Attributes:
+        model: identifier of the dense model.
+        method: registered name of the method.
+        corank: version of the library.
+        parameters: hyper-parameters of the method.
+        budget: the budget as asked for, e.g. ``{"keep": 0.8, "scope": "sites"}``.
+        accounting: ``"sites"`` and ``"model"`` (parameters), ``"bytes"`` (on disk) and ``"flops_per_token"``,
+            each ``{"dense": int, "compressed": int}``; and ``"break_even"``, a mapping of name -> rank.
+        sites: one dict per site: name, role, layer (int or None), shape [m, n], kind, rank, max_rank, params,
+            params_dense, loss (``||L (W - W') S|| / ||L W S||``), and optionally predicted_loss and curve,
+            pairs [rank, relative loss].
+        stages: stage -> seconds.
+        peak_memory_bytes: peak of the whole run.
+        seed: the seed of the run.
+        data: calibration data: source, hash, tokens, ...
+        versions: versions of the libraries.
+        evaluation: ``"dense"`` and ``"compressed"``, each a mapping of text -> perplexity, a number or the
+            dict of ``evaluate.Perplexity``. Another measure is a dict with ``"value"`` and ``"metric"``.
+        generation: samples: prompt and what the models wrote.
+        speed: rows of ``evaluate.speed`` as dicts.
+        warnings: sentences for the reader.
+        extra: keys of a report of another version, kept as they were read.
+    """
+
+    model: str
+    method: str
+    corank: str = ""
+    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    budget: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    accounting: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    sites: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    stages: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+    seed: int | None = None
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    evaluation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    speed: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for index, site in enumerate(self.sites):
+            missing = sorted(_SITE_KEYS - set(site))
+            if missing:
+                raise CorankError(
+                    f"Site {site.get('name', index)!r} of the report lacks {', '.join(missing)}; write the report again."
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """Strict JSON values in the order of the fields; non-finite numbers as in ``evaluate.jsonfile.encode``."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
+        return encode({"corank": self.corank, **fields, **self.extra})
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Report:
+        """Build a report from what :meth:`to_json` gave.
+
+        Raises:
+            CorankError: model or method is missing, or a site lacks one of its keys.
+        """
+        document = decode(document)
+        for key in ("model", "method"):
+            if not isinstance(document.get(key), str):
+                raise CorankError(f"This is not a report of corank: it has no {key!r}; give a report.json.")
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        fields = {key: value for key, value in document.items() if key in known and value is not None}
+        return cls(**fields, extra={key: value for key, value in document.items() if key not in known})
+
+    def save(self, path: str | Path) -> Path:
+        """Write the JSON file, atomically, and return its path."""
+        return write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read a JSON file, or ``report.json`` in a directory.
+
+        Raises:
+            CorankError: there is no such file or it is not a report.
+        """
+        path = Path(path)
+        return cls.from_json(read_json(path / "report.json" if path.is_dir() else path))
+
+    @property
+    def roles(self) -> list[str]:
+        """The roles of the sites: the usual ones in the order of a block, then others as they come."""
+        found = dict.fromkeys(str(site["role"]) for site in self.sites)
+        return [r for r in ROLES if r in found] + [r for r in found if r not in ROLES]
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that have sites, ascending. Sites outside the blocks (layer None) are in none."""
+        return sorted({int(site["layer"]) for site in self.sites if site["layer"] is not None})
+
+    def kept(self, account: str = "sites") -> float:
+        """compressed / dense of one of the four accounts; nan if the report does not have it."""
+        entry = self.accounting.get(account) or {}
+        dense, compressed = entry.get("dense"), entry.get("compressed")
+        return math.nan if not dense or compressed is None else compressed / dense
+
+    def texts(self) -> list[str]:
+        """The texts with a perplexity, of the dense model or the compressed one."""
+        names = dict.fromkeys(
+            name for which in ("dense", "compressed") for name in self.evaluation.get(which) or {}
+        )
+        return [n for n in names if self.perplexity(n, "dense") is not None or self.perplexity(n) is not None]
+
+    def perplexity(self, text: str, which: str = "compressed") -> float | None:
+        """The perplexity on one text of the ``"dense"`` or the ``"compressed"`` model; None if not measured."""
+        value = (self.evaluation.get(which) or {}).get(text)
+        if isinstance(value, Mapping):
+            if value.get("metric", "perplexity") != "perplexity":
+                return None
+            value = value.get("value")
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+    def perplexity_ratio(self, text: str) -> float:
+        """Perplexity over that of the dense model; nan if either is not known."""
+        dense, compressed = self.perplexity(text, "dense"), self.perplexity(text)
+        return math.nan if not dense or compressed is None else compressed / dense
+
+    @property
+    def seconds(self) -> float:
+        """All stages together."""
+        return float(sum(self.stages.values()))
