@@ -26,27 +26,84 @@ from corank.errors import CorankError
 from corank.evaluate import PeakMemory, Perplexity, perplexity
 from corank.evaluate.perplexity import adds_bos
 from corank.model import (
-    Calibration, Outline, ResidentModel, Site, StreamedModel, Text, calibration, read_text, resolve, select_sites,
+    Calibration, Outline, ResidentModel, StreamedModel, Text, calibration, read_text, resolve, select_sites,
 )
 from corank.model.streaming import NotStreamable
 from corank.recipe import Recipe, get
 from corank.report import Report
 
 VERSION = "0.1.0"
+Progress = Callable[[int, str, float | None], None]
+"""Called with (layer, stage, relative error or None)."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything that defines a run; kept in the checkpoint, and compared before a run is continued."""
+class Order:
+    """What was asked for, checked: everything that defines a run besides the model.
+
+    Attributes:
+        method: name of the method.
+        settings: all its parameters and the common fields that were set.
+        recipe: built from them.
+        budget: None if the recipe has a rank rule of its own and no budget was given.
+        text: calibration text, None if the recipe measures nothing.
+        samples, length, seed, batch: of the calibration.
+    """
 
     method: str
-    parameters: dict[str, Any]
-    budget: dict[str, Any] | None
-    data: str
-    samples: int
-    length: int
-    seed: int
-    dtype: str
+    settings: dict[str, Any]
+    recipe: Recipe
+    budget: Budget | None
+    text: Text | None
+    samples: int = 64
+    length: int = 512
+    seed: int = 0
+    batch: int = 8
+
+    @classmethod
+    def take(
+        cls, method: str, budget: Mapping[str, Any], scope: str | None, settings: Mapping[str, Any], data: str | Path | Text, **rest: Any
+    ) -> Order:
+        """Check everything that can be checked without the model.
+
+        Raises:
+            CorankError: unknown names, values out of range, no budget where one is needed, unreadable text.
+        """
+        entry = get(method)
+        recipe = entry.recipe(**settings)
+        given = any(value is not None for value in budget.values())
+        size = budget.get("params") is not None or budget.get("bytes") is not None
+        scope = scope or ("model" if size else "sites")
+        limit = Budget.parse(**budget, scope=scope) if given or recipe.rule is None else None
+        needs_text = bool(recipe.statistics) or recipe.sequential
+        text = (data if isinstance(data, Text) else read_text(data)) if needs_text else None
+        return cls(method, {**entry.parameters, **settings}, recipe, limit, text, **rest)
+
+    def identity(self) -> dict[str, Any]:
+        """The order as JSON; two orders with the same identity give the same result on the same model."""
+        return {
+            "method": self.method, "parameters": {k: str(v) for k, v in self.settings.items()},
+            "budget": self.budget.to_dict() if self.budget else {}, "data": self.text.sha256 if self.text else None,
+            "samples": self.samples, "length": self.length, "seed": self.seed,
+        }
+
+    def job(self, source: ResidentModel, tokenizer: Any, sink: Any, dtype: torch.dtype, **rest: Any) -> Job:
+        """The engine's job for a model.
+
+        Raises:
+            CorankError: unknown sites, a text too short, a budget below what is not compressed.
+        """
+        sites = select_sites(source.outline.sites, self.recipe.targets, self.recipe.ignore)
+        data = None
+        if self.text is not None:
+            if tokenizer is None:
+                raise CorankError("Give tokenizer=..., which calibration needs.")
+            data = calibration(tokenizer, self.text, self.samples, self.length, self.seed, bos=adds_bos(tokenizer))
+        limit = None
+        if self.budget is not None:
+            inside = sum(s.numel for s in sites)
+            limit = self.budget.limit(inside, source.outline.parameters - inside, dtype.itemsize * 8)
+        return Job(source, self.recipe, sites, limit, data, sink, dtype, seed=self.seed, batch=self.batch, **rest)
 
 
 def compress(
@@ -57,7 +114,7 @@ def compress(
     remove: float | str | None = None,
     params: int | str | None = None,
     bytes: int | str | None = None,
-    scope: str = "sites",
+    scope: str | None = None,
     out: str | Path | None = None,
     data: str | Path | Text = "builtin",
     samples: int = 64,
@@ -68,7 +125,7 @@ def compress(
     device: str = "cpu",
     dtype: str | torch.dtype | None = None,
     cache: str | Path | None = None,
-    progress: Callable[[int, str, float | None], None] | None = None,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> Report:
     """Compress a model.
@@ -79,7 +136,8 @@ def compress(
         method: name of a registered method, see `corank.methods()`.
         keep, remove, params, bytes: the budget, exactly one of them (``keep=0.8``, ``bytes="10GiB"``); methods with a
             rank rule of their own (curing) work without one.
-        scope: what the budget is counted over, the compressed "sites" or the whole "model".
+        scope: what the budget is counted over, the selected "sites" or the whole "model"; None: the sites for a
+            fraction, the model for a size.
         out: directory to write. For a model in memory it may be None.
         data: calibration text: a file, ``datasets:NAME``, "builtin", or a `Text`.
         samples, length: calibration windows and tokens in each.
@@ -98,34 +156,24 @@ def compress(
         CorankError: bad input; nothing has been written or overwritten. An interrupted run keeps ``<out>.partial`` and
             goes on from there when it is called again.
     """
-    entry = get(method)
-    recipe = entry.recipe(**settings)
-    given = {"keep": keep, "remove": remove, "params": params, "bytes": bytes}
-    budget = Budget.parse(**given, scope=scope) if any(v is not None for v in given.values()) or recipe.rule is None else None
+    budget = {"keep": keep, "remove": remove, "params": params, "bytes": bytes}
     target = None if out is None else check_target(out)
-    text = data if isinstance(data, Text) else (read_text(data) if recipe.statistics or recipe.sequential else None)
-    common = dict(
-        recipe=recipe, budget=budget, text=text, samples=samples, length=length, seed=seed, batch=batch, cache=cache,
-        progress=progress or (lambda layer, stage, error: None),
-    )
-    chosen = Settings(
-        method, {k: _json(v) for k, v in {**entry.parameters, **settings}.items()}, None if budget is None else budget.to_dict(),
-        "none" if text is None else text.sha256, samples, length, seed, str(dtype),
-    )
+    order = Order.take(method, budget, scope, settings, data, samples=samples, length=length, seed=seed, batch=batch)
+    report = progress or (lambda layer, stage, error: None)
     if isinstance(model, PreTrainedModel):
         name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        return _in_memory(model, tokenizer, name, chosen, target, **common)
+        return _in_memory(model, tokenizer, name, order, target, cache, report)
     if target is None:
         raise CorankError("Give out=DIRECTORY: a model that is read from disk is written to disk.")
     path = resolve(model)
     if json.loads((path / "config.json").read_text()).get("quantization_config"):
         raise CorankError(f"{path} is compressed or quantized already; start from the dense model.")
     try:
-        source = StreamedModel(path, device, _dtype(dtype))
+        source = StreamedModel(path, device, to_dtype(dtype))
     except NotStreamable:
-        whole, words = checkpoint.load(path, dtype=_dtype(dtype), device=device)
-        return _in_memory(whole, words, str(model), chosen, target, **common)
-    return _streamed(source, str(model), chosen, target, **common)
+        whole, words = checkpoint.load(path, dtype=to_dtype(dtype), device=device)
+        return _in_memory(whole, words, str(model), order, target, cache, report)
+    return _streamed(source, str(model), order, target, cache, report)
 
 
 def load(
@@ -144,7 +192,7 @@ def load(
     Raises:
         CorankError: no such model, damaged or truncated files, a format of a newer corank.
     """
-    return checkpoint.load(resolve(model), dtype=_dtype(dtype), device=device)
+    return checkpoint.load(resolve(model), dtype=to_dtype(dtype), device=device)
 
 
 def evaluate(
@@ -183,17 +231,18 @@ def check_target(out: str | Path) -> Path:
     return path
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def to_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A torch dtype from its name.
+
+    Raises:
+        CorankError: it is not one of floating point.
+    """
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise CorankError(f"{dtype!r} is not a floating-point dtype; use float32, bfloat16 or float16.")
     return found
-
-
-def _json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -209,83 +258,50 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise CorankError(f"{path} has no usable tokenizer, which calibration needs ({reason}).") from None
 
 
-def _sites(recipe: Recipe, outline: Outline) -> list[Site]:
-    return select_sites(outline.sites, recipe.targets, recipe.ignore)
-
-
-def _calibration(recipe: Recipe, text: Text | None, tokenizer: Any, samples: int, length: int, seed: int) -> Calibration | None:
-    if text is None:
-        return None
-    if tokenizer is None:
-        raise CorankError("Give tokenizer=..., which calibration needs.")
-    return calibration(tokenizer, text, samples, length, seed, bos=adds_bos(tokenizer))
-
-
-def _limit(budget: Budget | None, sites: list[Site], outline: Outline, dtype: torch.dtype) -> int | None:
-    if budget is None:
-        return None
-    inside = sum(s.numel for s in sites)
-    return budget.limit(inside, outline.parameters - inside, dtype.itemsize * 8)
-
-
 def _in_memory(
-    model: PreTrainedModel, tokenizer: Any, name: str, chosen: Settings, target: Path | None, *, recipe: Recipe,
-    budget: Budget | None, text: Text | None, samples: int, length: int, seed: int, batch: int,
-    cache: str | Path | None, progress: Callable[..., None],
+    model: PreTrainedModel, tokenizer: Any, name: str, order: Order, target: Path | None, cache: str | Path | None,
+    progress: Progress,
 ) -> Report:
-    source = ResidentModel(model)
-    sites = _sites(recipe, source.outline)
-    data = _calibration(recipe, text, tokenizer, samples, length, seed)
-    sink = MemorySink()
+    source, sink = ResidentModel(model), MemorySink()
     with tempfile.TemporaryDirectory() as scratch, PeakMemory() as memory:
-        job = Job(
-            source, recipe, sites, _limit(budget, sites, source.outline, source.dtype), data, sink, source.dtype,
-            cache=_cache(cache, _model_key(model), data), seed=seed, batch=batch, report=progress, scratch=Path(scratch),
-        )
+        job = order.job(source, tokenizer, sink, source.dtype, report=progress, scratch=Path(scratch))
+        job.cache = _cache(cache, _model_key(model), job.data) if cache else None
         result = run(job)
-    report = make_report(name, chosen, recipe, source.outline, result, job, data, memory.peak_bytes, source.dtype)
-    meta = _meta(chosen, result, report)
-    checkpoint.attach(model, sink.modules, **meta)
+    report = make_report(name, order, result, job, memory.peak_bytes)
+    checkpoint.attach(model, {n: m.spec() for n, m in sink.modules.items()}, **_provenance(order, result, report))
     if target is not None:
         checkpoint.save(model, tokenizer, target)
-        report = _finish_report(report, target, source.outline, source.dtype)
+        report = _with_bytes(report, target, source.outline, source.dtype)
         report.save(target / "report.json")
     return report
 
 
 def _streamed(
-    source: StreamedModel, name: str, chosen: Settings, target: Path, *, recipe: Recipe, budget: Budget | None,
-    text: Text | None, samples: int, length: int, seed: int, batch: int, cache: str | Path | None,
-    progress: Callable[..., None],
+    source: StreamedModel, name: str, order: Order, target: Path, cache: str | Path | None, progress: Progress
 ) -> Report:
-    sites = _sites(recipe, source.outline)
-    limit = _limit(budget, sites, source.outline, source.stored_dtype)
-    tokenizer = load_tokenizer(source.path) if text is not None else None
-    data = _calibration(recipe, text, tokenizer, samples, length, seed)
     work = target.with_name(target.name + ".partial")
-    identity = {**dataclasses.asdict(chosen), "model": _files_key(source.path)}
-    _claim(work, identity)
+    tokenizer = load_tokenizer(source.path) if order.text is not None else None
     sink = DirectorySink(work, source, source.stored_dtype)
+    job = order.job(
+        source, tokenizer, sink, source.stored_dtype, report=progress, work=work, scratch=work / "statistics"
+    )
+    key = _files_key(source.path)
+    job.cache = _cache(cache, key, job.data)
+    _claim(work, {**order.identity(), "model": key, "dtype": torch_dtype_name(source.dtype)})
+    final = work / "checkpoint"
     try:
         with PeakMemory() as memory:
-            job = Job(
-                source, recipe, sites, limit, data, sink, source.stored_dtype, work=work,
-                cache=_cache(cache, identity["model"], data), seed=seed, batch=batch, report=progress,
-                scratch=work / "statistics",
-            )
             result = run(job)
             with job.stage("write"):
-                final = work / "checkpoint"
                 shutil.rmtree(final, ignore_errors=True)
                 files = sink.assemble(final)
                 copy_companions(source.path, final)
-        report = make_report(name, chosen, recipe, source.outline, result, job, data, memory.peak_bytes, source.stored_dtype)
+        report = make_report(name, order, result, job, memory.peak_bytes)
         notes = sink.notes()
-        meta = _meta(chosen, result, report)
         checkpoint.finish_directory(
-            final, source.config, notes["modules"], files, fingerprint=notes["fingerprint"], **meta
+            final, source.config, notes["modules"], files, fingerprint=notes["fingerprint"], **_provenance(order, result, report)
         )
-        report = _finish_report(report, final, source.outline, source.stored_dtype)
+        report = _with_bytes(report, final, source.outline, source.stored_dtype)
         report.save(final / "report.json")
         checkpoint.publish(final, target)
     except OSError as error:
@@ -344,22 +360,19 @@ def _cache(cache: str | Path | None, model_key: str, data: Calibration | None) -
     return Path(cache).expanduser() / key
 
 
-def _meta(chosen: Settings, result: Result, report: Report) -> dict[str, Any]:
+def _provenance(order: Order, result: Result, report: Report) -> dict[str, Any]:
     return {
-        "recipe": {"method": chosen.method, "parameters": chosen.parameters, "budget": chosen.budget},
+        "recipe": {"method": order.method, "parameters": report.parameters, "budget": report.budget},
         "plan": result.plan.to_dict(),
-        "provenance": {"seed": chosen.seed, "data": report.data, "versions": report.versions, "model": report.model},
+        "provenance": {"seed": order.seed, "data": report.data, "versions": report.versions, "model": report.model},
     }
 
 
-def make_report(
-    name: str, chosen: Settings, recipe: Recipe, outline: Outline, result: Result, job: Job, data: Calibration | None,
-    peak: int | None, dtype: torch.dtype,
-) -> Report:
+def make_report(name: str, order: Order, result: Result, job: Job, peak: int | None) -> Report:
     """The report of a run, before sizes on disk are known."""
     import transformers
 
-    rows = result.rows
+    rows, outline = result.rows, job.source.outline
     inside = sum(r["params_dense"] for r in rows)
     after = sum(r["params"] for r in rows)
     every_flop = 2 * (sum(s.numel for s in outline.sites) + outline.head)
@@ -372,15 +385,16 @@ def make_report(
         "sites": {"dense": inside, "compressed": after},
         "model": {"dense": outline.parameters, "compressed": outline.parameters - inside + after},
         "flops_per_token": {"dense": every_flop, "compressed": every_flop - saved_flops},
-        "break_even": _break_even(recipe, outline),
+        "break_even": _break_even(job.recipe, outline),
     }
     return Report(
-        model=name, method=chosen.method, corank=VERSION, parameters=chosen.parameters, budget=chosen.budget or {},
-        accounting=accounting, sites=rows, stages=dict(job.stages), peak_memory_bytes=peak, seed=chosen.seed,
-        data={} if data is None else data.source,
+        model=name, method=order.method, corank=VERSION,
+        parameters={k: list(v) if isinstance(v, tuple) else v for k, v in order.settings.items()},
+        budget=order.budget.to_dict() if order.budget else {}, accounting=accounting, sites=rows, stages=dict(job.stages),
+        peak_memory_bytes=peak, seed=order.seed, data=job.data.source if job.data else {},
         versions={
             "corank": VERSION, "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "dtype": torch_dtype_name(dtype),
+            "transformers": transformers.__version__, "dtype": torch_dtype_name(job.dtype),
         },
         warnings=warnings,
         extra={} if result.distances is None else {"angular_distances": result.distances},
@@ -396,7 +410,7 @@ def _break_even(recipe: Recipe, outline: Outline) -> dict[str, int]:
     return {role: count_break_even(shape, KINDS[recipe.kind][0].count) for role, shape in shapes.items()}
 
 
-def _finish_report(report: Report, directory: Path, outline: Outline, dtype: torch.dtype) -> Report:
+def _with_bytes(report: Report, directory: Path, outline: Outline, dtype: torch.dtype) -> Report:
     """Add the bytes on disk: of the safetensors files written, and of the dense model in the same dtype."""
     written = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
     accounting = {**report.accounting, "bytes": {"dense": outline.parameters * dtype.itemsize, "compressed": written}}

@@ -237,6 +237,20 @@ def test_a_rank_deficient_site_is_not_stored_dense():
     assert lagrange([curve], 10_000) == {"s": 4}
 
 
+def test_a_form_as_large_as_dense_is_not_used():
+    curve = spectrum_curve("s", (4, 4), low_rank, [2, 1, 0, 0])  # rank 2 loses nothing but costs 16
+    for name in ALLOCATORS:
+        assert ALLOCATORS[name]([curve], 16) == {"s": None}
+        assert ALLOCATORS[name]([curve], 15) == {"s": 1}
+
+
+@pytest.mark.parametrize("name", sorted(ALLOCATORS))
+def test_multiples_do_not_forbid_full_rank(name):
+    cheap = Curve("s", (6, 6), np.arange(7), np.arange(7)[::-1], 3 * np.arange(7), 36)
+    assert ALLOCATORS[name]([cheap], 17, multiple_of=4) == {"s": 4}
+    assert ALLOCATORS[name]([cheap], 18, multiple_of=4) == {"s": 6}
+
+
 def test_room_for_everything_makes_everything_dense():
     curves = [spectrum_curve(f"s{i}", (8, 12), pivoted, np.arange(1, 9)) for i in range(3)]
     dense = sum(curve.dense_cost for curve in curves)

@@ -12,11 +12,11 @@ from corank.budget.hull import hull_steps
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 60)), min_size=1, max_size=25))
 def test_hull_is_the_greatest_convex_minorant(points):
-    points = sorted(points)
+    points = sorted(points, key=lambda point: point[0])  # equal costs in any order
     cost = np.array([c for c, _ in points])
     loss = np.array([float(l) for _, l in points])
     at, slopes = hull_steps(cost, loss)
-    assert cost[at[0]] == cost.min()
+    assert cost[at[0]] == cost.min() and loss[at[0]] == loss[cost == cost.min()].min()
     assert loss[at[-1]] == loss.min()
     assert (np.diff(cost[at]) > 0).all() and (np.diff(loss[at]) < 0).all()
     assert (slopes < 0).all() and (np.diff(slopes) >= 0).all()

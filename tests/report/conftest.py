@@ -1,4 +1,4 @@
-"""A synthetic report of the size of a real one: 30 layers, 7 roles, spectra that decay as a power of the index."""
+"""A synthetic report of the size of a real one: 30 layers, 7 roles, spectra that decay as powers."""
 
 from __future__ import annotations
 

@@ -34,6 +34,15 @@ def test_gram_is_the_uncentred_second_moment_per_token():
     assert torch.equal(result.G, result.G.T)
 
 
+def test_rounding_in_the_product_does_not_make_the_gram_asymmetric():
+    state = InputGram(5).state()
+    state["sum_xx"] = ROWS.T @ ROWS
+    state["sum_xx"][0, 3] += 1e-9
+    result = InputGram.from_state({**state, "count": torch.tensor(T)}).result()
+    assert torch.equal(result.G, result.G.T)
+    close(result.G, gram().G, rtol=1e-9)
+
+
 def test_gram_does_not_care_for_the_shape_of_the_batch():
     close(gram(X.reshape(-1, 5), None).G, gram(X, None).G)
     close(gram(X.reshape(2, 2, 6, 5), MASK.reshape(2, 2, 6)).G, gram().G)

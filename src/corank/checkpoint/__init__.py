@@ -12,7 +12,7 @@ from corank.checkpoint.loading import load
 from corank.checkpoint.quantizer import CorankQuantizer, register
 from corank.checkpoint.saving import attach, check_target, finish_directory, publish, save
 from corank.checkpoint.skeleton import build, collect, factorized
-from corank.checkpoint.verify import fingerprint, norm_of, verify
+from corank.checkpoint.verify import check_fingerprint, fingerprint, norm_of, verify
 
 __all__ = [
     "FORMAT_VERSION",
@@ -20,6 +20,7 @@ __all__ = [
     "CorankQuantizer",
     "attach",
     "build",
+    "check_fingerprint",
     "check_target",
     "collect",
     "dequantize",

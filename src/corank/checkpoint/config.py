@@ -44,8 +44,8 @@ class CorankConfig(QuantizationConfigMixin):
     ) -> None:
         if format_version > FORMAT_VERSION or factor_quantization is not None:
             raise CorankError(
-                f"This checkpoint has corank format {format_version}, this package reads up to {FORMAT_VERSION}: "
-                "upgrade with `pip install -U corank`."
+                f"This checkpoint has corank format {format_version} and this package reads up to "
+                f"{FORMAT_VERSION}; upgrade with `pip install -U corank`."
             )
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.format_version = format_version

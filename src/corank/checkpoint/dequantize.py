@@ -11,9 +11,9 @@ from corank.checkpoint.skeleton import restore_dense
 def dequantize(model: Any) -> Any:
     """Multiply the factors out and put stock layers back, in place.
 
-    The result has nothing of corank in it: `save_pretrained` writes a checkpoint that any tool loads, as large
-    as the original. Sites that were given a bias which the architecture does not have keep it in memory; a
-    stock loader would drop it, which is warned about.
+    The result has nothing of corank in it: `save_pretrained` writes a checkpoint that any tool loads, as
+    large as the original. Sites that were given a bias which the architecture does not have keep it in
+    memory; a stock loader would drop it, which is warned about.
 
     Args:
         model: a transformers model with factorized modules (one without is left as it is).

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from corank.checkpoint.verify import check_digests, check_readable, corank_config, read_config, weight_files
 from corank.errors import CorankError
@@ -40,8 +41,8 @@ def load(
         path: directory, compressed by corank or dense.
         dtype: of the parameters; None takes the stored one.
         device: a device, `"auto"` or a device map; None is the CPU.
-        verify: compare the SHA-256 of compressed weight files before loading. The norms of the factors are always
-            compared after loading.
+        verify: compare the SHA-256 of compressed weight files before loading. The norms of the factors are
+            always compared after loading.
         tokenizer: also load the tokenizer.
         kwargs: passed on to `from_pretrained`.
 
@@ -49,8 +50,8 @@ def load(
         (model in evaluation mode, tokenizer or None).
 
     Raises:
-        CorankError: not a model directory, newer format, missing or damaged file, missing tokenizer, parameters that
-            the files do not hold.
+        CorankError: not a model directory, newer format, missing or damaged file, missing tokenizer, weights
+            that do not fit the config.
     """
     root = Path(path)
     config = read_config(root)
@@ -67,19 +68,32 @@ def load(
         kwargs["device_map"] = device if isinstance(device, str | Mapping) else str(device)
     try:
         model, info = _model_class(config, kwargs).from_pretrained(
-            root, dtype="auto" if dtype is None else dtype, output_loading_info=True, **kwargs
+            root,
+            dtype="auto" if dtype is None else dtype,
+            output_loading_info=True,
+            **{"ignore_mismatched_sizes": True, **kwargs},
         )
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise CorankError(
-                f"{root} holds no values for {len(missing)} parameters (first: {missing[0]}); they would be random. "
-                "Download or write the model again."
-            )
+        _refuse_random(root, info)
         return model, _tokenizer(root, kwargs) if tokenizer else None
     except (CorankError, torch.OutOfMemoryError):
         raise
     except (OSError, RuntimeError, ValueError, KeyError, AttributeError, SafetensorError) as error:
-        raise CorankError(f"Could not load {root}: {str(error).strip() or type(error).__name__}") from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CorankError(f"Could not load {root}: {reason}") from error
+
+
+def _refuse_random(root: Path, info: Mapping[str, Any]) -> None:
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CorankError(
+            f"{root} lacks {len(missing)} parameters (first: {missing[0]}), which would be random; "
+            "download or write the model again."
+        )
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        raise CorankError(
+            f"{name} has shape {list(stored)} in the files of {root} and {list(expected)} in its config; "
+            "they do not belong together."
+        )
 
 
 def _model_class(config: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Any:
@@ -88,9 +102,9 @@ def _model_class(config: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Any:
     custom = kwargs.get("trust_remote_code") and "AutoModelForCausalLM" in (config.get("auto_map") or {})
     if not custom and hasattr(transformers, architecture):
         return getattr(transformers, architecture)
-    causal = transformers.AutoModelForCausalLM
-    known = {config_class.model_type for config_class in causal._model_mapping}  # type: ignore[attr-defined]
-    return causal if custom or config.get("model_type") in known else transformers.AutoModel
+    if custom or config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModel
 
 
 def _tokenizer(root: Path, kwargs: Mapping[str, Any]) -> Any:

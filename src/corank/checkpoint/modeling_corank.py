@@ -2,8 +2,8 @@
 
     AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
 
-Self-contained, for inference. With the package (`pip install corank`, then `import corank`) the same directory
-loads without `trust_remote_code` and can also be trained, verified, turned dense and saved again.
+Self-contained, for inference. With the package (`pip install corank`, then `import corank`) the same
+directory loads without `trust_remote_code` and can also be trained, verified, turned dense and saved again.
 """
 
 import torch
@@ -30,7 +30,7 @@ def linear(m, n, bias, like):
 
 
 class FactorizedLinear(nn.Module):
-    """y = W' x + b with W' stored as factors; `weight` is empty and only keeps stock loaders from going on."""
+    """y = W' x + b with W' stored as factors; `weight` is empty and only stops loaders that look for it."""
 
     def __init__(self, spec, bias, like):
         super().__init__()
@@ -44,10 +44,9 @@ class FactorizedLinear(nn.Module):
             self.link = linear(k, k, False, like)
         self.up = linear(m - k if rows else m, k, bias and not rows, like)
         if rows or columns:
+            index = like.new_empty(m if rows else n - k, dtype=torch.int64)
             self.register_buffer("pivots", like.new_empty(k, dtype=torch.int32))
-            self.register_buffer(
-                "index", like.new_empty(m if rows else n - k, dtype=torch.int64), persistent=False
-            )
+            self.register_buffer("index", index, persistent=False)
         if rows:
             self.register_parameter("bias", nn.Parameter(like.new_empty(m)) if bias else None)
         self.owner = ()  # in a tuple, so that a shared basis is registered once
@@ -77,9 +76,7 @@ class CorankConfig(QuantizationConfigMixin):
     def __init__(self, **content):
         self.__dict__.update(content)
         if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                "This checkpoint needs a newer corank: `pip install -U corank`, then `import corank`."
-            )
+            raise ValueError("This checkpoint needs a newer corank; upgrade with `pip install -U corank`.")
 
 
 class CorankQuantizer(HfQuantizer):
@@ -123,16 +120,15 @@ if "corank" not in AUTO_QUANTIZER_MAPPING:
 
 
 def __getattr__(name):
-    """The class that `auto_map` names: registered above, so the stock Auto class of that name can do the rest."""
+    """What `auto_map` names: with the format registered, the stock Auto class of that name does the rest."""
     if not name.startswith("AutoModel"):
         raise AttributeError(name)
 
     def from_pretrained(path, *args, **kwargs):
-        return getattr(transformers, name).from_pretrained(
-            path, *args, **{**kwargs, "trust_remote_code": False}
-        )
+        stock = getattr(transformers, name)
+        return stock.from_pretrained(path, *args, **{**kwargs, "trust_remote_code": False})
 
-    register = staticmethod(lambda auto_class=None: None)
-    return type(
-        name, (), {"from_pretrained": staticmethod(from_pretrained), "register_for_auto_class": register}
-    )
+    def register_for_auto_class(auto_class=None):
+        """Asked of every custom class; the model that comes out is a stock one."""
+
+    return type(name, (), {f.__name__: staticmethod(f) for f in (from_pretrained, register_for_auto_class)})

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 from accelerate.utils import align_module_device
+from torch import nn
 from transformers.integrations import is_fsdp_enabled
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from corank.checkpoint.config import QUANT_METHOD, CorankConfig
 from corank.checkpoint.skeleton import build, collect, factorized, restore_dense
 from corank.checkpoint.verify import check_fingerprint, fingerprint
+from corank.errors import CorankError
 
 FALLBACK_MODULE = "modeling_corank"
 
@@ -30,11 +31,16 @@ class CorankQuantizer(HfQuantizer):
     saved and given adapters like any other.
     """
 
-    # Forbids from_pretrained(<dense directory>, quantization_config=CorankConfig(...)): compressing is not loading.
+    # Forbids from_pretrained(<dense>, quantization_config=CorankConfig(...)): compressing is not loading.
     requires_calibration = True
     quantization_config: CorankConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if (getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1) > 1:
+            raise CorankError(
+                "Factorized modules cannot be split by tensor parallelism here; load with device_map, "
+                "or dequantize the model first."
+            )
         build(model, self.quantization_config.modules)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -81,7 +87,7 @@ class CorankQuantizer(HfQuantizer):
 
 
 def drop_fallback(config: Any) -> None:
-    """Forget the `auto_map` entries of the shipped fallback: a plain `save_pretrained` does not copy its file."""
+    """Forget the `auto_map` entries of the shipped fallback, whose file `save_pretrained` does not copy."""
     auto_map = {
         k: v for k, v in (getattr(config, "auto_map", None) or {}).items() if FALLBACK_MODULE not in str(v)
     }
@@ -92,7 +98,10 @@ def drop_fallback(config: Any) -> None:
 
 
 def register() -> None:
-    """Make transformers know `quant_method: corank`. Safe to call again; takes over from the shipped fallback."""
+    """Make transformers know `quant_method: corank`.
+
+    Safe to call again, and takes over from the shipped fallback if a checkpoint has brought it in before.
+    """
     AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
     AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
     register_quantization_config(QUANT_METHOD)(CorankConfig)

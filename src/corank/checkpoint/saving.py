@@ -18,7 +18,7 @@ from corank.checkpoint import modeling_corank
 from corank.checkpoint.config import CorankConfig
 from corank.checkpoint.quantizer import FALLBACK_MODULE, CorankQuantizer
 from corank.checkpoint.skeleton import collect
-from corank.checkpoint.verify import INDEX, digests, fingerprint, fingerprint_of_files, weight_files
+from corank.checkpoint.verify import INDEX, digests, fingerprint_of_files, weight_files
 from corank.errors import CorankError
 
 MARKER = ".corank-save"
@@ -101,8 +101,8 @@ def save(
 ) -> Path:
     """Write a model directory that `from_pretrained` loads, completely or not at all.
 
-    Everything is written to `<out>.partial`, which is renamed at the end. A dense model is written as an ordinary
-    dense checkpoint.
+    Everything is written to `<out>.partial`, which is renamed at the end. A dense model is written as an
+    ordinary dense checkpoint.
 
     Args:
         model: a transformers model, with or without factorized modules.
@@ -130,7 +130,6 @@ def save(
             "The model carries adapters; merge them first with `model = model.merge_and_unload()`."
         )
     modules = collect(model)
-    _check_finite(model, modules)
     if modules:
         attach(model, modules, recipe=recipe, plan=plan, provenance=provenance)
     shutil.rmtree(partial, ignore_errors=True)
@@ -155,9 +154,9 @@ def save(
                 recipe=kept.recipe,
                 plan=kept.plan,
                 provenance=kept.provenance,
-                fingerprint=kept.fingerprint,
+                fingerprint=kept.fingerprint if kept.fingerprint.keys() == modules.keys() else None,
             )
-            kept.files = written.files
+            kept.fingerprint, kept.files = written.fingerprint, written.files
         (partial / MARKER).unlink()
         return publish(partial, target)
     except BaseException as error:
@@ -180,14 +179,14 @@ def finish_directory(
 ) -> CorankConfig:
     """Turn a directory that holds the weights into a loadable checkpoint; the last step before `publish`.
 
-    Writes config.json, the index of the shards if there are several and no index yet, and the module for loading
-    without this package. No model is needed in memory.
+    Writes config.json, the index of the shards if there are several and no index yet, and the module for
+    loading without this package. No model is needed in memory.
 
     Args:
-        partial: directory with safetensors files whose keys are `state_dict` names, every factorized module with
-            all its tensors, the empty `weight` included.
+        partial: directory with safetensors files whose keys are `state_dict` names, every factorized module
+            with all its tensors, the empty `weight` included.
         config: the config of the model: a transformers config, or the content of its config.json.
-        modules: name -> spec.
+        modules: name -> spec of every factorized module; dense ones need none.
         files: names of the safetensors files, with their SHA-256 if already known; None takes all there are.
         recipe, plan, provenance: stored as they are.
         fingerprint: name -> norm of the factors; None computes it from the files.
@@ -235,11 +234,6 @@ def publish(partial: str | os.PathLike[str], out: str | os.PathLike[str]) -> Pat
     return target
 
 
-def _check_finite(model: Any, modules: Iterable[str]) -> None:
-    if modules:
-        _refuse_non_finite(fingerprint(model))
-
-
 def _refuse_non_finite(norms: Mapping[str, float]) -> None:
     for name, norm in norms.items():
         if not norm < float("inf"):
@@ -261,8 +255,8 @@ def _check_space(model: Any, folder: Path) -> None:
 def _stored_as_named(model: Any, modules: Iterable[str], folder: Path) -> bool:
     """Whether the tensors of every factorized module are on disk under their `state_dict` names.
 
-    Some architectures store other names and shapes than they compute with and convert by patterns on the name, which
-    may catch a factor by mistake.
+    Some architectures store other names and shapes than they compute with and convert by patterns on the
+    name, which may catch a factor by mistake.
     """
     stored: set[str] = set()
     for file in weight_files(folder):

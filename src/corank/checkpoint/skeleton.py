@@ -1,19 +1,28 @@
-"""Between a model and the map of its factorized modules: read it off, build empty modules from it, undo it."""
+"""Between a model and the map of its factorized modules: read it off, build from it, undo it."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from corank.errors import CorankError, unknown
-from corank.factors import KINDS, FactorizedLinear, as_stock, replace, shape_of, wire
+from corank.factors import KINDS, DenseLinear, FactorizedLinear, as_stock, replace, shape_of, wire
 
 
 def collect(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Name -> spec of every factorized module under `model`."""
-    return {name: layer.spec() for name, layer in factorized(model).items()}
+    """Name -> spec of every module under `model` that the architecture alone does not describe.
+
+    These are the factorized ones, and dense ones with a bias where the architecture has none.
+    """
+    return {
+        name: layer.spec()
+        for name, layer in model.named_modules()
+        if isinstance(layer, FactorizedLinear) or (isinstance(layer, DenseLinear) and layer.added_bias)
+    }
 
 
 def factorized(model: nn.Module) -> dict[str, FactorizedLinear]:
@@ -24,8 +33,8 @@ def factorized(model: nn.Module) -> dict[str, FactorizedLinear]:
 def resolve(model: nn.Module, name: str) -> str | None:
     """The name that a module of the checkpoint has in `model`, or None if `model` has no such module.
 
-    A model saved with a head may be loaded without it and the other way round; the names then differ by the prefix
-    of the base model.
+    A model saved with a head may be loaded without it and the other way round; the names then differ by the
+    prefix of the base model.
     """
     prefix = getattr(model, "base_model_prefix", "")
     for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
@@ -37,11 +46,24 @@ def resolve(model: nn.Module, name: str) -> str | None:
     return None
 
 
+def empty_layer(spec: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> Any:
+    """The layer a spec describes, with uninitialised values.
+
+    Raises:
+        CorankError: the kind is unknown.
+    """
+    kind = spec.get("kind", "")
+    if kind not in KINDS:
+        raise unknown("kind of factors", kind, KINDS)
+    layer_class: Any = KINDS[kind][1]
+    return layer_class.from_spec(spec, bias=bool(spec.get("bias")), device=device, dtype=dtype)
+
+
 def build(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
     """Replace the dense modules named in `modules` by empty ones of the kinds their specs name.
 
-    The new modules have the device and dtype of those they replace, whose values are never read (they may be on the
-    meta device). Modules that `model` does not have (a head that was not asked for) are left out.
+    The new modules have the device and dtype of those they replace, whose values are never read (they may be
+    on the meta device). Modules that `model` does not have (a head that was not asked for) are left out.
 
     Args:
         model: freshly constructed, dense.
@@ -51,19 +73,17 @@ def build(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
         CorankError: a kind is unknown, or a spec does not fit the module it names.
     """
     for name, spec in modules.items():
-        kind, found = spec.get("kind", ""), resolve(model, name)
-        if kind not in KINDS:
-            raise unknown("kind of factors", kind, KINDS)
+        found = resolve(model, name)
         if found is None:
             continue
         old: Any = model.get_submodule(found)
         if list(shape_of(old)) != list(spec["shape"]):
             raise CorankError(
-                f"{name}: the checkpoint holds a matrix {spec['shape']}, this model expects {list(shape_of(old))}; "
-                "config.json does not belong to these weights."
+                f"{name}: the checkpoint holds a matrix {spec['shape']} and this model expects "
+                f"{list(shape_of(old))}; config.json does not belong to these weights."
             )
         bias = spec.get("bias", old.bias is not None)
-        layer = KINDS[kind][1].from_spec(spec, bias=bias, device=old.weight.device, dtype=old.weight.dtype)
+        layer = empty_layer({**spec, "bias": bias}, old.weight.device, old.weight.dtype)
         if hasattr(layer, "basis"):
             layer.basis = resolve(model, layer.basis) or layer.basis
         replace(model, found, layer)

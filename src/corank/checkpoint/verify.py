@@ -16,9 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from corank.checkpoint.config import QUANT_METHOD, CorankConfig
-from corank.checkpoint.skeleton import factorized, resolve
+from corank.checkpoint.skeleton import empty_layer, factorized, resolve
 from corank.errors import CorankError
-from corank.factors import KINDS
 
 INDEX = "model.safetensors.index.json"
 CHUNK = 1 << 18  # values; fits the cache as fp64
@@ -123,7 +122,8 @@ def check_digests(root: Path, expected: Mapping[str, str]) -> None:
     for name, digest in expected.items():
         if actual[name] != digest:
             raise CorankError(
-                f"{root / name} is not the file that was saved (its SHA-256 differs); download or write it again."
+                f"{root / name} is not the file that was saved (its SHA-256 differs); "
+                "download or write it again."
             )
 
 
@@ -168,10 +168,8 @@ def fingerprint_of_files(files: Iterable[Path], modules: Mapping[str, Mapping[st
     where = {key: file for file in files for key in _keys(file)}
     norms = {}
     for name, spec in modules.items():
-        bias = spec.get("bias", False)
-        empty = KINDS[spec["kind"]][1].from_spec(spec, bias=bias, device="meta", dtype=torch.float32)
         squares = 0.0
-        for part, expected in empty.state_dict().items():
+        for part, expected in empty_layer(spec, "meta", torch.float32).state_dict().items():
             key = f"{name}.{part}"
             if key not in where:
                 raise CorankError(f"The weight files hold no {key}, which config.json asks for.")
@@ -223,8 +221,8 @@ def check_fingerprint(model: nn.Module, expected: Mapping[str, float]) -> None:
 def verify(target: str | os.PathLike[str] | nn.Module) -> None:
     """Check a directory, or a model in memory, against the digests and norms in its config.
 
-    A directory is checked file by file (readable, SHA-256) and module by module (names, shapes, norms) without
-    building the model. A dense directory is only checked to be readable.
+    A directory is checked file by file (readable, SHA-256) and module by module (names, shapes, norms)
+    without building the model. A dense directory is only checked to be readable.
 
     Args:
         target: a model directory, or a model whose config came from one.

@@ -99,9 +99,9 @@ def factorize_site(
         factors = LowRank(refit_output(target @ drifted.G, A, drifted.G), A)
         geometry = Geometry(Metric(drifted.G), mean=None)
     if recipe.pack and factors.kind in ("low_rank", "cur"):
-        factors = packed(factors, dtype=dtype)
+        factors = packed(factors)
     factors = factors.astype(dtype)
-    W_new = factors.astype(torch.float64).dense()
+    W_new = factors.astype(torch.float64).dense()  # what was stored, rounding included
     new_bias = bias
     if geometry.mean is not None:
         before = mean_out if mean_out is not None else W.double() @ geometry.mean
@@ -114,7 +114,8 @@ def factorize_site(
 def _row(
     recipe: Recipe, site: Site, factors: Factors, factored: Factored, geometry: Geometry, target: Tensor, W_new: Tensor
 ) -> dict[str, Any]:
-    total = geometry.loss(target)
+    same = factored.curve is not None and not recipe.refit
+    total = float(factored.curve[0]) if same else geometry.loss(target)  # type: ignore[index]
     scale = math.sqrt(total) if total > 0 else 1.0
     curve: list[list[float]] = []
     if factored.curve is not None:

@@ -8,6 +8,7 @@ that the file is valid for every reader and :func:`decode` loses nothing.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -26,7 +27,7 @@ def encode(document: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         document: nested mappings, sequences, numbers (NumPy and torch scalars too), strings, paths, booleans,
-        None.
+            None, and dataclasses of these.
 
     Returns:
         A new dict. If a number was not finite it is ``None`` and ``result["nonfinite"]`` maps its JSON
@@ -103,6 +104,8 @@ def _encode(value: Any, pointer: str, notes: dict[str, str]) -> Any:
         return value
     if isinstance(value, Mapping):
         return {str(k): _encode(item, f"{pointer}/{_escape(str(k))}", notes) for k, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _encode({f.name: getattr(value, f.name) for f in dataclasses.fields(value)}, pointer, notes)
     if hasattr(value, "tolist"):  # a NumPy or torch scalar or array
         return _encode(value.tolist(), pointer, notes)
     if isinstance(value, int):

@@ -52,12 +52,17 @@ class Dense(Factors):
 
 
 class DenseLinear(nn.Linear):
-    """`nn.Linear` with the methods of the factorized layers; its weight is an ordinary parameter."""
+    """`nn.Linear` with the methods of the factorized layers; its weight is an ordinary parameter.
+
+    Attributes:
+        added_bias: the layer it replaces had no bias, this one has.
+    """
 
     kind: ClassVar[str] = "dense"
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(1, 1, bias=False, device="meta")
+        self.added_bias = False
         self.out_features, self.in_features = weight.shape
         plain = linear(weight, bias)
         self.weight, self.bias = plain.weight, plain.bias

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from corank.errors import CorankError, unknown
 from corank.factors.base import FactorizedLinear, linear
+from corank.factors.dense import DenseLinear
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -99,12 +100,10 @@ def replace(root: nn.Module, name: str, new_module: nn.Module) -> nn.Module:
     new_module.train(old.training)
     if isinstance(new_module, FactorizedLinear):
         new_module.transposed = transposed
-        new_module.added_bias = (
-            old.added_bias
-            if isinstance(old, FactorizedLinear)
-            else getattr(old, "bias", None) is None and new_module.bias is not None
-        )
     elif transposed and not is_conv1d(new_module):
         new_module = as_stock(new_module, transposed=True)
+    if isinstance(new_module, FactorizedLinear | DenseLinear):
+        had_bias = getattr(old, "bias", None) is not None and not getattr(old, "added_bias", False)
+        new_module.added_bias = new_module.bias is not None and not had_bias
     root.set_submodule(name, new_module)
     return old

@@ -125,7 +125,9 @@ class Metric:
 
     def weigh(self, A: Tensor) -> Tensor:
         """A G for A [k, n]."""
-        return apply_metric(A, self.G) if self.root is None else apply_root(self.rooted(A), self.root.T)
+        if self.root is None:
+            return apply_metric(A, self.G)
+        return A * self.root.square() if self.root.ndim == 1 else (A @ self.root) @ self.root.T
 
     def rooted(self, A: Tensor) -> Tensor:
         """A S for A [k, n]; a full G without a root is decomposed."""

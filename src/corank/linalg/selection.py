@@ -104,7 +104,7 @@ def qr_pivots(A: Tensor) -> Tensor:
     """Column pivots of LAPACK geqp3 on A [m, n], on the CPU (torch has no pivoted QR): int64 [min(m, n)]."""
     if A.shape[0] > A.shape[1]:
         A = torch.linalg.qr(A.double(), mode="r").R
-    work = np.asfortranarray(A.detach().double().cpu().numpy())
+    work = np.array(A.detach().double().cpu().numpy(), order="F", copy=True)
     _, pivots = scipy.linalg.qr(work, mode="r", pivoting=True, overwrite_a=True, check_finite=False)
     return torch.from_numpy(pivots[: min(A.shape)].astype(np.int64)).to(A.device)
 
@@ -129,7 +129,7 @@ def maxvol(
     """
     n, k = V.shape
     rows = start.clone()
-    F = _interpolation(V, rows)
+    F, moved = _interpolation(V, rows), False
     for _ in range(10 * k + 100 if max_swaps is None else max_swaps):
         if k == 0 or n == k:
             break
@@ -140,9 +140,9 @@ def maxvol(
         row = F[i].clone()
         row[j] -= 1.0
         F.addr_(F[:, j] / F[i, j], row, alpha=-1.0)
-        rows[j] = i
+        rows[j], moved = i, True
     # The rank-one updates drift; the returned coefficients are solved for afresh.
-    return rows, _interpolation(V, rows)
+    return rows, _interpolation(V, rows) if moved else F
 
 
 def _interpolation(V: Tensor, rows: Tensor) -> Tensor:

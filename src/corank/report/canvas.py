@@ -1,4 +1,4 @@
-"""The paper the plots are drawn on: colours, figure, axes, ticks, files; matplotlib is imported when needed."""
+"""The paper the plots are drawn on: colours, figure, axes, ticks, files. Imports matplotlib when needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DECIMALS = re.compile(r"(\d\.\d\d)\d+")
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """Colours of the surface; those of the data are the same, but for the dark end of viridis on a dark page."""
+    """Colours of the surface, and the part of viridis that can be seen on it."""
 
     back: str
     text: str

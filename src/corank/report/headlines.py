@@ -46,11 +46,12 @@ def loss_headline(sites: Sequence[Mapping[str, Any]]) -> str:
         return "No site loses anything"
     mean = mean_loss(sites)
     where = f"{worst['role']} of layer {worst['layer']}"
-    return f"{where} loses most, {numbers.percent(worst['loss'], 0)}; factored sites {numbers.percent(mean, 0)} on average"
+    most, average = numbers.percent(worst["loss"], 0), numbers.percent(mean, 0)
+    return f"{where} loses most, {most}; factored sites {average} on average"
 
 
 def pareto_headline(points: Sequence[tuple[str, float, float]], text: str) -> str:
-    """Which method has the lowest perplexity, and where. ``points``: (method, share kept, perplexity ratio)."""
+    """Which method has the lowest perplexity, and where. ``points``: (method, kept, perplexity ratio)."""
     finite = [p for p in points if math.isfinite(p[2])]
     methods = dict.fromkeys(m for m, _, _ in points)
     if not finite:

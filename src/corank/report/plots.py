@@ -127,8 +127,8 @@ def rank_map(report: Report, *, dark: bool = False) -> Figure:
     axes.set_facecolor(theme.faint)  # where there is no site
     axes.set_yticks(range(len(roles)), roles)
     step = max(1, math.ceil(len(layers) / 32))
-    shown = range(0, len(layers), step)
-    axes.set_xticks(list(shown), ["–" if layers[i] is None else str(layers[i]) for i in shown])
+    shown = sorted({*range(0, len(report.layers), step), *range(len(report.layers), len(layers))})
+    axes.set_xticks(shown, ["–" if layers[i] is None else str(layers[i]) for i in shown])
     axes.set_xlabel("layer" + (" (dot: left dense)" if any_dense else ""), fontsize=11, color=theme.text)
     axes.tick_params(colors=theme.text, labelsize=9, length=0)
     for spine in axes.spines.values():
@@ -167,7 +167,7 @@ def loss_by_layer(report: Report, *, dark: bool = False) -> Figure:
     style_axes(axes, theme)
     axes.set_ylim(bottom=0)
     axes.set_xlim(min(report.layers) - 0.5, max(report.layers) + 0.5)
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.locator_params(axis="x", integer=True, min_n_ticks=1)
     axes.yaxis.set_major_formatter(percent_axis())
     axes.set_xlabel("layer", fontsize=11, color=theme.text)
     note = "" if len(sites) == len(inside) else " (gap: left dense)"
@@ -227,7 +227,7 @@ def pareto(reports: Sequence[Report], *, texts: Sequence[str] | None = None, dar
         axes.set_xlim(low - 0.04 * (1 - low), 1 + 0.05 * (1 - low))
         axes.set_ylim(bottom, top)
         axes.xaxis.set_major_formatter(percent_axis())
-        axes.xaxis.get_major_locator().set_params(nbins=6)
+        axes.locator_params(axis="x", nbins=6)
     ticks = log_ticks(bottom, top)
     row[0].set_yticks(ticks, [times_label(tick) for tick in ticks])
     row[0].set_yticks([], minor=True)

@@ -1,4 +1,4 @@
-"""What was done to a model and what came of it. JSON first: tables, plots, the page and the card are made from it."""
+"""What was done to a model and what came of it. JSON first: tables, plots, page and card are made from it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ _SITE_KEYS = {"name", "role", "layer", "shape", "kind", "rank", "max_rank", "par
 @dataclasses.dataclass(frozen=True)
 class Report:
     """The record of one compression. Every field is plain JSON; only ``model`` and ``method`` are required.
+
+    Results of ``corank.evaluate`` can be put into ``evaluation``, ``generation`` and ``speed`` as they are.
 
     Attributes:
         model: identifier of the dense model.
@@ -67,12 +69,15 @@ class Report:
         for index, site in enumerate(self.sites):
             missing = sorted(_SITE_KEYS - set(site))
             if missing:
-                raise CorankError(
-                    f"Site {site.get('name', index)!r} of the report lacks {', '.join(missing)}; write the report again."
-                )
+                name = site.get("name", index)
+                raise CorankError(f"Site {name!r} of the report lacks {', '.join(missing)}; write it again.")
+
+        # Results of ``evaluate`` may be given as they are; from here on they are what a reader of the file sees.
+        for name in ("evaluation", "generation", "speed"):
+            object.__setattr__(self, name, decode(encode({name: getattr(self, name)}))[name])
 
     def to_json(self) -> dict[str, Any]:
-        """Strict JSON values in the order of the fields; non-finite numbers as in ``evaluate.jsonfile.encode``."""
+        """Strict JSON values; non-finite numbers as in ``evaluate.jsonfile.encode``."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
         return encode({"corank": self.corank, **fields, **self.extra})
 
@@ -124,13 +129,12 @@ class Report:
 
     def texts(self) -> list[str]:
         """The texts with a perplexity, of the dense model or the compressed one."""
-        names = dict.fromkeys(
-            name for which in ("dense", "compressed") for name in self.evaluation.get(which) or {}
-        )
-        return [n for n in names if self.perplexity(n, "dense") is not None or self.perplexity(n) is not None]
+        both = [self.evaluation.get(which) or {} for which in ("dense", "compressed")]
+        names = dict.fromkeys(name for measured in both for name in measured)
+        return [n for n in names if any(self.perplexity(n, w) is not None for w in ("dense", "compressed"))]
 
     def perplexity(self, text: str, which: str = "compressed") -> float | None:
-        """The perplexity on one text of the ``"dense"`` or the ``"compressed"`` model; None if not measured."""
+        """Perplexity on one text of the ``"dense"`` or the ``"compressed"`` model; None if not measured."""
         value = (self.evaluation.get(which) or {}).get(text)
         if isinstance(value, Mapping):
             if value.get("metric", "perplexity") != "perplexity":

@@ -11,7 +11,7 @@ from corank.report import numbers
 from corank.report.report import ACCOUNTS, Report
 
 LABELS = {
-    "sites": "Parameters over the sites",
+    "sites": "Parameters over sites",
     "model": "Parameters of the model",
     "bytes": "Bytes on disk",
     "flops_per_token": "FLOPs per token",
@@ -74,7 +74,7 @@ def evaluation_changes(report: Report) -> list[Change]:
         if isinstance(example, Mapping) and example.get("metric", "perplexity") != "perplexity":
             first, second = (x.get("value") if isinstance(x, Mapping) else None for x in (dense, compressed))
             difference = (
-                f"{second - first:+.4g}" if numbers.finite(first) and numbers.finite(second) else numbers.DASH
+                f"{second - first:+.4g}" if first is not None and second is not None else numbers.DASH
             )
             label = f"{example['metric']}, {name}"
             changes.append(Change(label, numbers.number(first), numbers.number(second), difference))
@@ -116,17 +116,17 @@ def break_even(report: Report) -> str:
 
 
 def role_table(report: Report) -> Table:
-    """By role: sites, how many stay dense, range of ranks, parameters kept, relative loss (mean and worst)."""
+    """By role: sites, how many stay dense, ranks, parameters kept, relative loss."""
     rows = [_role_row(role, [s for s in report.sites if str(s["role"]) == role]) for role in report.roles]
     if len(rows) > 1:
         rows.append(_role_row("all", report.sites))
-    head = ("Role", "Sites", "Dense", "Rank", "of", "Kept", "Loss, mean", "Loss, worst")
-    return Table("By role", head, rows)
+    head = ("Role", "Sites", "Dense", "Rank", "of", "Kept", "Loss, mean", "Loss, predicted", "Loss, worst")
+    return Table("By role", head, rows, droppable=(7, 4))
 
 
 def site_table(report: Report) -> Table:
     """Every site."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             str(site["name"]),
             str(site["kind"]),
@@ -183,7 +183,7 @@ def comparison_table(reports: Sequence[Report]) -> Table:
 
 
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Rows of ``evaluate.speed`` (as dicts): rates, ratio to the first model with its range, share of bound."""
+    """Rows of ``evaluate.speed`` (as dicts): rates, ratio to the first model with its range, bound."""
     body = []
     for row in rows:
         cells = [str(row.get("model", "")), str(row.get("batch", ""))]
@@ -216,9 +216,9 @@ def call(method: str, parameters: Mapping[str, Any]) -> str:
     return f"{method}({inner})" if inner else method
 
 
-def mean_loss(sites: Sequence[Mapping[str, Any]]) -> float | None:
-    """Mean relative loss over the sites that have one."""
-    losses = [site["loss"] for site in sites if site["loss"] is not None]
+def mean_loss(sites: Sequence[Mapping[str, Any]], which: str = "loss") -> float | None:
+    """Mean relative loss (``"loss"`` or ``"predicted_loss"``) over the sites that have one."""
+    losses = [site[which] for site in sites if site.get(which) is not None]
     return statistics.fmean(losses) if losses else None
 
 
@@ -236,6 +236,7 @@ def _role_row(role: str, sites: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         _range(full) if full else numbers.DASH,
         numbers.percent(params / before) if before else numbers.DASH,
         numbers.number(mean_loss(sites), 3),
+        numbers.number(mean_loss(sites, "predicted_loss"), 3),
         numbers.number(max(losses, default=None), 3),
     )
 

@@ -15,8 +15,8 @@ from corank.report import summary
 from corank.report.report import Report
 
 
-def summary_table(report: Report) -> Table:
-    """The four numbers and the perplexities, before and after; then break-even, time, memory, seed."""
+def summary_table(report: Report) -> Group:
+    """The four numbers and the perplexities, before and after; then break-even, time, memory and seed."""
     table = _table(f"{report.model} → {report.method}")
     for heading in ("", "Dense", "Compressed", "Ratio"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -27,17 +27,12 @@ def summary_table(report: Report) -> Table:
         table.add_section()
         for change in evaluation:
             table.add_row(*(Text(cell) for cell in change))
-    return table
-
-
-def facts_table(report: Report) -> Table:
-    """Method, budget, sites, break-even, time, memory and seed, one per line."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 1))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
+    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 1))
+    facts.add_column(style="dim", no_wrap=True)
+    facts.add_column(overflow="fold")
     for label, value in summary.facts(report):
-        table.add_row(label, Text(value))
-    return table
+        facts.add_row(label, Text(value))
+    return Group(table, facts)
 
 
 def role_table(report: Report) -> FittedTable:
@@ -57,7 +52,7 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> FittedTable:
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print all there is to say about one report: summary, facts, roles, speed, warnings."""
-    parts: list[Any] = [summary_table(report), facts_table(report)]
+    parts: list[Any] = [summary_table(report)]
     if report.sites:
         parts.append(role_table(report))
     if report.speed:
@@ -67,7 +62,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 class FittedTable:
-    """A rich renderable that leaves out the least important columns, and says so, where the terminal is narrow."""
+    """A rich renderable that, on a narrow terminal, leaves out the least important columns and says so."""
 
     def __init__(self, content: summary.Table, *, total: bool = False) -> None:
         """Args: content: text of the table. total: the last row sums up the others."""

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 import transformers as tf
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 
 from corank.factors import (
@@ -24,7 +27,9 @@ from corank.factors import (
     weight_of,
 )
 
-SIZES = dict(vocab_size=64, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+SIZES = dict(
+    vocab_size=64, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
+)
 MLP = dict(intermediate_size=37)
 GQA = dict(num_key_value_heads=2)
 
@@ -42,12 +47,21 @@ MODELS: dict[str, Callable[[], Any]] = {
         tf.OPTConfig(**SIZES, ffn_dim=37, word_embed_proj_dim=24, pad_token_id=0, do_layer_norm_before=True)
     ),
     "bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**SIZES, **MLP)),
-    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES, **GQA, intermediate_size=40, num_local_experts=3)),
+    "mixtral": lambda: tf.MixtralForCausalLM(
+        tf.MixtralConfig(**SIZES, **GQA, intermediate_size=40, num_local_experts=3)
+    ),
     "t5": lambda: tf.T5ForConditionalGeneration(
-        tf.T5Config(vocab_size=64, d_model=24, d_kv=6, num_heads=4, d_ff=37, num_layers=2, decoder_start_token_id=0)
+        tf.T5Config(
+            vocab_size=64, d_model=24, d_kv=6, num_heads=4, d_ff=37, num_layers=2, decoder_start_token_id=0
+        )
     ),
     "vit": lambda: tf.ViTForImageClassification(
-        tf.ViTConfig(**{k: v for k, v in SIZES.items() if k.startswith(("hidden", "num"))}, **MLP, image_size=8, patch_size=4)
+        tf.ViTConfig(
+            **{k: v for k, v in SIZES.items() if k.startswith(("hidden", "num"))},
+            **MLP,
+            image_size=8,
+            patch_size=4,
+        )
     ),
 }
 
@@ -62,7 +76,9 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return model.to(dtype)
 
 
-def sites(model: nn.Module, skip: tuple[str, ...] = ("lm_head", "cls", "router", "classifier")) -> dict[str, nn.Module]:
+def sites(
+    model: nn.Module, skip: tuple[str, ...] = ("lm_head", "cls", "router", "classifier")
+) -> dict[str, nn.Module]:
     """Name -> every dense linear layer but the heads."""
     done = tuple(f"{name}." for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear))
     return {
@@ -94,8 +110,10 @@ def factors_of(kind: str, W: Tensor, k: int) -> Factors:
     return result.astype(W.dtype)
 
 
-def compress(model: Any, kinds: tuple[str, ...] = ("low_rank", "cur", "row_pivoted", "column_pivoted")) -> Any:
-    """Replace every third site by nothing and the others by the kinds in turn, at rank 0, full and in between."""
+def compress(
+    model: Any, kinds: tuple[str, ...] = ("low_rank", "cur", "row_pivoted", "column_pivoted")
+) -> Any:
+    """Leave every fourth site dense; give the others the kinds in turn, at rank 0, full and in between."""
     torch.manual_seed(1)
     turn, ranks = itertools.cycle(kinds), itertools.cycle([5, 3, 0, None, 7])
     for index, (name, layer) in enumerate(sites(model).items()):
@@ -117,6 +135,13 @@ def share(model: Any, names: list[str]) -> Any:
     for name, layer in shared.modules({n: model.get_submodule(n).bias for n in names}).items():
         replace(model, name, layer)
     return model
+
+
+def tokenizer() -> Any:
+    """A word-level tokenizer of 64 words."""
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, unk_token="w1"))
+    words.pre_tokenizer = Whitespace()
+    return tf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w1", pad_token="w0")
 
 
 def outputs(model: Any) -> Tensor:

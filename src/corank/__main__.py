@@ -1,0 +1,5 @@
+"""``python -m corank``."""
+
+from corank.cli import main
+
+raise SystemExit(main())

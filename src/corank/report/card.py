@@ -1,0 +1,196 @@
+"""The model card: README.md of a compressed checkpoint, with the front matter the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from corank.evaluate.jsonfile import write_text
+from corank.report import numbers, summary
+from corank.report.report import Report
+
+_HUB_NAME = re.compile(r"^(?![./~])[\w.-]+(/[\w.-]+)?$")
+_ARXIV = re.compile(r"^arxiv:\s*(\d{4}\.\d{4,5})(v\d+)?$", re.IGNORECASE)
+
+
+def model_card(
+    report: Report,
+    *,
+    name: str = "path/to/this/directory",
+    cite: str | None = None,
+    license: str | None = None,
+) -> str:
+    """The text of README.md.
+
+    Args:
+        report: what was done.
+        name: what a user passes to ``from_pretrained``.
+        cite: the source of the method; ``"arXiv:2403.07378"`` becomes a link and a tag of the hub.
+        license: licence identifier of the hub, that of the base model; left out if None.
+
+    Returns:
+        Markdown with YAML front matter. A ``model`` that is a local path is not published as a base model.
+    """
+    base = report.model if _HUB_NAME.match(report.model) and not Path(report.model).exists() else None
+    shown = base or Path(report.model).name or report.model
+    parts = [
+        _front_matter(report, base, cite, license),
+        f"# {shown}, compressed by {report.method}\n",
+        _opening(report, base, shown, cite),
+        "## How to load it\n",
+        _loading(name),
+        "## The four numbers\n",
+        _changes(("", "Dense", "Compressed", "Kept"), summary.accounting_changes(report)),
+        _facts(report),
+    ]
+    evaluation = summary.evaluation_changes(report)
+    if evaluation:
+        parts += [
+            "## Evaluation\n",
+            _changes(("", "Dense", "Compressed", "Ratio"), evaluation),
+            _protocol(report),
+        ]
+    if report.sites:
+        parts += ["## Where the rank went\n", _grid(summary.role_table(report))]
+    if report.speed:
+        parts += ["## Speed\n", _grid(summary.speed_table(report.speed))]
+    parts += ["## Limits\n", _limits(report), "## To do it again\n", _again(report)]
+    return "\n".join(part for part in parts if part)
+
+
+def write_card(
+    report: Report,
+    path: str | Path,
+    *,
+    name: str = "path/to/this/directory",
+    cite: str | None = None,
+    license: str | None = None,
+) -> Path:
+    """Write :func:`model_card` to ``path`` (README.md in it, if it is a directory), atomically."""
+    path = Path(path)
+    path = path / "README.md" if path.is_dir() else path
+    return write_text(path, model_card(report, name=name, cite=cite, license=license))
+
+
+def _front_matter(report: Report, base: str | None, cite: str | None, license: str | None) -> str:
+    fields: dict[str, Any] = {"library_name": "transformers"}
+    if license is not None:
+        fields["license"] = license
+    if base is not None:
+        fields["base_model"] = base
+        fields["base_model_relation"] = "quantized"  # the hub's word for a compressed derivative
+    tags = ["corank", "low-rank", "compressed", report.method]
+    arxiv = _ARXIV.match(cite.strip()) if cite else None
+    if arxiv:
+        tags.append(f"arxiv:{arxiv.group(1)}")
+    fields["tags"] = list(dict.fromkeys(tags))
+    lines = []
+    for key, value in fields.items():
+        # A JSON string is a YAML string, whatever is in it.
+        if isinstance(value, list):
+            lines += [f"{key}:", *(f"- {json.dumps(item, ensure_ascii=False)}" for item in value)]
+        else:
+            lines.append(f"{key}: {json.dumps(value, ensure_ascii=False)}")
+    return "---\n" + "\n".join(lines) + "\n---\n"
+
+
+def _opening(report: Report, base: str | None, shown: str, cite: str | None) -> str:
+    model = f"[{base}](https://huggingface.co/{base})" if base else f"`{shown}`"
+    arxiv = _ARXIV.match(cite.strip()) if cite else None
+    source = f" ([{cite}](https://arxiv.org/abs/{arxiv.group(1)}))" if arxiv else f" ({cite})" if cite else ""
+    budget = summary.settings(report.budget)
+    return (
+        f"{model} with its weight matrices replaced by factors of lower rank, computed with "
+        f"`corank` {report.corank}".rstrip()
+        + f" by the method `{summary.call(report.method, report.parameters)}`{source}"
+        + (f" under the budget `{budget}`" if budget else "")
+        + ".\n"
+    )
+
+
+def _loading(name: str) -> str:
+    return (
+        "```bash\npip install corank\n```\n\n"
+        "```python\n"
+        "import corank  # first: it registers the format of this checkpoint with transformers\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n"
+        "```\n\n"
+        "Without `import corank` loading fails, or falls back to the module in this directory with "
+        "`trust_remote_code=True`; it never gives random weights in silence.\n"
+    )
+
+
+def _facts(report: Report) -> str:
+    left_out = {"Method", "Budget"}
+    return "".join(f"- {label}: {value}\n" for label, value in summary.facts(report) if label not in left_out)
+
+
+def _protocol(report: Report) -> str:
+    said = []
+    for text in report.texts():
+        entry = (report.evaluation.get("compressed") or {}).get(text)
+        if isinstance(entry, Mapping) and entry.get("window") is not None:
+            bos = "with" if entry.get("bos") else "without"
+            said.append(
+                f"- {text}: {entry.get('windows', '?')} windows of {entry['window']} positions, "
+                f"not overlapping, {bos} the BOS token, {entry.get('tokens', '?')} predicted tokens, "
+                f"text SHA-256 `{str(entry.get('text_sha256', '?'))[:16]}`\n"
+            )
+    return "".join(said)
+
+
+def _limits(report: Report) -> str:
+    limits = ["It inherits the limits and biases of the base model, and its licence."]
+    lost = [t for t in report.texts() if not numbers.finite(report.perplexity(t))]
+    grown = [t for t in report.texts() if numbers.finite(ratio := report.perplexity_ratio(t)) and ratio > 1]
+    if lost:
+        limits.append(f"It has collapsed: its perplexity on {', '.join(lost)} is not finite. Do not use it.")
+    if grown:
+        worst = max(grown, key=report.perplexity_ratio)
+        most = numbers.ratio(report.perplexity_ratio(worst))
+        limits.append(
+            f"It predicts worse than the dense model: perplexity on {worst} is {most} as high; "
+            "other domains and languages may lose more."
+        )
+    if not report.texts():
+        limits.append("It has not been evaluated: measure it on your own task before you use it.")
+    source = report.data.get("source") if isinstance(report.data, Mapping) else None
+    if source:
+        limits.append(f"It was calibrated on {source}; text unlike it may suffer more.")
+    if not report.speed:
+        limits.append(
+            "Fewer parameters need not mean more tokens per second: its speed has not been measured."
+        )
+    limits += [str(warning) for warning in report.warnings]
+    return "".join(f"- {' '.join(limit.split())}\n" for limit in limits)
+
+
+def _again(report: Report) -> str:
+    facts = {
+        "model": report.model if _HUB_NAME.match(report.model) else Path(report.model).name,
+        "method": report.method,
+        "parameters": dict(report.parameters),
+        "budget": dict(report.budget),
+        "seed": report.seed,
+        "data": dict(report.data),
+        "versions": dict(report.versions),
+    }
+    text = json.dumps(facts, ensure_ascii=False, indent=2, default=str)
+    return f"```json\n{text}\n```\n\nAll numbers, site by site, are in `report.json`.\n"
+
+
+def _changes(head: Sequence[str], changes: Sequence[summary.Change]) -> str:
+    return _grid(summary.Table("", tuple(head), [tuple(change) for change in changes]))
+
+
+def _grid(table: summary.Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
+
+    rule = ["---:" if i >= table.numeric else "---" for i in range(len(table.head))]
+    return line(table.head) + line(rule) + "".join(line(row) for row in table.rows)
