@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -43,9 +44,7 @@ def test_trainer_trains_the_factors_and_saves_a_coherent_checkpoint(folder, tmp_
     )
     rows = [{"input_ids": ids, "labels": ids} for ids in IDS]
     Trainer(model, arguments, train_dataset=rows).train()
-    changed = {
-        name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])
-    }
+    changed = {name for name, now in model.named_parameters() if not torch.equal(now, before[name])}
     q_proj = "model.layers.0.self_attn.q_proj"
     assert {f"{q_proj}.up.weight", f"{q_proj}.down.weight"} <= changed
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -54,10 +53,9 @@ def test_trainer_trains_the_factors_and_saves_a_coherent_checkpoint(folder, tmp_
     checkpoint.verify(saved)  # the norms are those of the trained factors
     again, _ = checkpoint.load(saved, tokenizer=False)
     assert torch.equal(outputs(again), outputs(model.eval()))
+    section = json.loads((folder / "config.json").read_text())["quantization_config"]
     with pytest.raises(CorankError, match="changed since"):
-        checkpoint.check_fingerprint(
-            model, checkpoint.load(folder, tokenizer=False)[0].config.quantization_config.fingerprint
-        )
+        checkpoint.check_fingerprint(model, section["fingerprint"])
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -76,7 +74,7 @@ def test_peft_all_linear_trains_and_merges_into_the_factors(folder, tmp_path):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     with pytest.raises(CorankError, match="merge_and_unload"):
         checkpoint.save(wrapped, None, tmp_path / "no")
@@ -90,16 +88,16 @@ def test_peft_all_linear_trains_and_merges_into_the_factors(folder, tmp_path):
     assert torch.equal(outputs(again), outputs(merged))
 
 
-def test_generate_compile_export_and_copy(folder):
+def test_generate_compile_and_copy(folder):
     model, _ = checkpoint.load(folder, tokenizer=False)
+    del model.model.layers[1:]  # compiling takes its time
+    model.config.num_hidden_layers = 1
     ids = IDS[:1]
     cached = model.generate(ids, max_new_tokens=6, do_sample=False)
     assert torch.equal(cached, model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False))
     expected = model(ids, use_cache=False).logits
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected)
-    exported = torch.export.export(model, (ids,), {"use_cache": False}, strict=False).module()
-    torch.testing.assert_close(exported(ids, use_cache=False).logits, expected)
     clone = copy.deepcopy(model)
     with torch.no_grad():
         for module in model.modules():

@@ -11,7 +11,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def inputs(n: int, tokens: int, seed: int = 0, decay: float = 0.5) -> Tensor:
-    """Correlated inputs X [n, tokens] / sqrt(tokens) with a decaying spectrum and one loud channel, G = X X^T."""
+    """Correlated inputs X [n, tokens] / sqrt(tokens), decaying spectrum, one loud channel; G = X X^T."""
     mix = torch.linalg.qr(randn(n, n, seed=seed + 100)).Q
     scale = torch.arange(1, n + 1, dtype=torch.float64) ** -decay
     X = mix @ (scale[:, None] * randn(n, tokens, seed=seed + 200))

@@ -231,7 +231,7 @@ def test_order_of_the_family():
         found["row"] <= found["weighted"] + slack
     ).all()
     assert (found["weighted"] <= found["plain"] + slack).all()
-    # The merged CUR has the factors of a row ID, which is never worse; under no metric CUR obeys the DEIM bound.
+    # The Without a metric CUR obeys the DEIM bound (Sorensen and Embree, theorem 4.1).
     basis = truncate(W)
     U, V, sigma = basis.up[:, :R], truncate(W.T).up[:, :R], basis.energy.sqrt()
     I, J = select(W, R, axis=0), select(W, R)
@@ -286,3 +286,14 @@ def test_bad_indices_are_refused():
         project_left(randn(3, 2), W)
     with pytest.raises(CorankError, match="number of columns"):
         project_right(W, randn(2, 3))
+
+
+def test_nothing_given_is_modified():
+    W, G, I, J = problem()
+    W[I[3]], W[:, J[4]] = W[I[0]], W[:, J[1]]
+    before = [t.clone() for t in (W, G, I, J)]
+    curves(W, I, J, G)
+    curves(W, I, J, None, psd_root(G))
+    approximations(W, I, J, G, R)
+    truncate(W, G, R=torch.eye(M).double(), precision="mixed")
+    assert all(torch.equal(a, b) for a, b in zip((W, G, I, J), before, strict=True))

@@ -114,7 +114,7 @@ def test_anchored_truncation_beats_plain_and_shift_aware_and_its_loss_is_known(t
     residual = (W @ X - target @ D).square().sum()
     assert torch.allclose(target @ H, W @ C, atol=1e-9)  # normal equations, singular H included
     for k in (1, 3, 6):
-        (t, V), losses = (truncate(target, H), target), []
+        t, losses = truncate(target, H), []
         for weight, metric in ((target, H), (W, X @ X.T), (W, H)):
             B, A = truncate(weight, metric).pair(weight, k)
             losses.append(float((W @ X - B @ A @ D).square().sum()))

@@ -11,7 +11,7 @@ from corank.linalg.selection import lu_pivots, maxvol
 
 
 def textbook_deim(V):
-    """Sorensen and Embree, algorithm 1: each index is the largest residual of interpolating the next vector."""
+    """Sorensen and Embree, algorithm 1: the largest residual of interpolating the next vector."""
     chosen = [int(V[:, 0].abs().argmax())]
     for k in range(1, V.shape[1]):
         coefficients = torch.linalg.solve(V[chosen, :k], V[chosen, k])
@@ -207,3 +207,14 @@ def test_range_finder_and_sketch():
     for call in (lambda: range_finder(A, 61), lambda: range_finder(A, 3, -1), lambda: sketch(A, 0)):
         with pytest.raises(CorankError):
             call()
+
+
+@pytest.mark.parametrize("how", SELECTORS)
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_nothing_given_is_modified(how, contiguous):
+    A, V = decaying(40, 60), truncate(decaying(40, 60).T, rank=12).up
+    A, V = (A, V) if contiguous else (A.T.contiguous().T, V.T.contiguous().T)
+    before = A.clone(), V.clone()
+    for axis in (0, 1):
+        select(A, 12, how, axis=axis, basis=V if axis else None)
+    assert torch.equal(A, before[0]) and torch.equal(V, before[1])

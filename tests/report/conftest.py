@@ -29,10 +29,9 @@ def curve(size: int, decay: float) -> np.ndarray:
     return np.sqrt(tail / tail[0])
 
 
-def build_site(layer: int, role: str, losses: np.ndarray, level: float) -> dict:
+def build_site(layer: int, role: str, losses: np.ndarray, rank: int) -> dict:
     m, n = SHAPES[role]
     size = min(m, n)
-    rank = int(np.argmax(losses <= level))
     dense = rank * (m + n) >= m * n
     ranks = np.unique(np.linspace(0, size, 33).round().astype(int))
     return {
@@ -69,13 +68,20 @@ def build_report(
         for role, (m, n) in SHAPES.items():
             decay = DECAY[role] + 0.5 * (1 - depth) ** 2 - 0.25 * depth + 0.05 * rng.standard_normal()
             spectra.append((layer, role, curve(min(m, n), max(0.3, decay)), 1 + 0.1 * rng.standard_normal()))
+
+    def ranks_at(level: float) -> list[int]:
+        return [int(np.argmax(losses <= level * noise)) for _, _, losses, noise in spectra]
+
+    def spent(ranks: list[int]) -> float:
+        shapes = [SHAPES[role] for _, role, _, _ in spectra]
+        total = sum(m * n for m, n in shapes)
+        return sum(min(m * n, k * (m + n)) for (m, n), k in zip(shapes, ranks, strict=True)) / total
+
     low, high = 0.0, 1.0
-    for _ in range(30):  # the level of loss, much the same everywhere, that meets the budget
+    for _ in range(25):  # the level of loss, much the same everywhere, that meets the budget
         level = (low + high) / 2
-        sites = [build_site(layer, role, losses, level * noise) for layer, role, losses, noise in spectra]
-        spent = sum(s["params"] for s in sites) / sum(s["params_dense"] for s in sites)
-        low, high = (level, high) if spent > keep else (low, level)
-    sites = [build_site(layer, role, losses, high * noise) for layer, role, losses, noise in spectra]
+        low, high = (level, high) if spent(ranks_at(level)) > keep else (low, level)
+    sites = [build_site(s[0], s[1], s[2], k) for s, k in zip(spectra, ranks_at(high), strict=True)]
     before = sum(s["params_dense"] for s in sites)
     after = sum(s["params"] for s in sites)
     rest = 28_348_416
@@ -140,7 +146,7 @@ def build_report(
     return Report(**(fields | overrides))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_report():
     return build_report
 
@@ -153,7 +159,7 @@ def report() -> Report:
 @pytest.fixture(scope="session")
 def reports() -> list[Report]:
     return [
-        build_report(keep=keep, method=method, penalty=penalty)
+        build_report(keep=keep, method=method, penalty=penalty, layers=6)
         for method, penalty in (("svd", 3.0), ("asvd", 1.7), ("svd-llm", 1.0))
         for keep in (0.9, 0.8, 0.6)
     ]

@@ -74,15 +74,21 @@ def attach(
 
 
 def untie(model: Any, modules: Iterable[str]) -> None:
-    """Turn weight tying off when it involves one of `modules`; the other tied parameters become copies."""
+    """Turn weight tying off when it involves one of `modules`; the other tied parameters become copies.
+
+    Raises:
+        CorankError: the architecture cannot be untied.
+    """
     ties = getattr(model, "all_tied_weights_keys", {})
-    names = {f"{name}.weight" for name in modules}
-    if not names & {*ties, *ties.values()}:
+    factorized = set(modules)
+    if not _tied(factorized, ties):
         return
-    for target in set(ties) - names:
+    _refuse_to_untie(model.config.to_dict(), factorized, ties)
+    for target in ties:
         owner, _, leaf = target.rpartition(".")
-        module = model.get_submodule(owner)
-        setattr(module, leaf, nn.Parameter(getattr(module, leaf).detach().clone()))
+        if owner not in factorized:  # those have tensors of their own
+            module = model.get_submodule(owner)
+            setattr(module, leaf, nn.Parameter(getattr(module, leaf).detach().clone()))
     model.all_tied_weights_keys = {}
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
@@ -195,7 +201,8 @@ def finish_directory(
         The config as written.
 
     Raises:
-        CorankError: a tensor is missing or does not fit its spec, or a norm is not finite.
+        CorankError: a tensor is missing or does not fit its spec, a norm is not finite, or a tied module is
+            factorized that has to stay tied.
     """
     root = Path(partial)
     names = sorted(path.name for path in root.glob("*.safetensors")) if files is None else list(files)
@@ -278,11 +285,25 @@ def _write_index(root: Path, names: Iterable[str]) -> None:
     (root / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def _tied(modules: Iterable[str], ties: Mapping[str, str]) -> list[str]:
+    return [name for name in modules if f"{name}.weight" in {*ties, *ties.values()}]
+
+
+def _refuse_to_untie(content: Mapping[str, Any], modules: Iterable[str], ties: Mapping[str, str]) -> None:
+    # T5 and its relatives always tie, or scale their outputs by whether they are tied.
+    if content.get("is_encoder_decoder"):
+        name = _tied(modules, ties)[0]
+        kind = content.get("model_type")
+        raise CorankError(
+            f"{name} shares its weight with the embeddings, as {kind} requires; leave it dense."
+        )
+
+
 def _untie_config(content: dict[str, Any], modules: Iterable[str]) -> None:
-    names = {f"{name}.weight" for name in modules}
     for architecture in content.get("architectures") or []:
         ties = getattr(getattr(transformers, architecture, None), "_tied_weights_keys", None) or {}
-        if isinstance(ties, dict) and names & {*ties, *ties.values()}:
+        if isinstance(ties, dict) and _tied(modules, ties):
+            _refuse_to_untie(content, modules, ties)
             content["tie_word_embeddings"] = False
             if isinstance(content.get("text_config"), dict):
                 content["text_config"]["tie_word_embeddings"] = False

@@ -74,12 +74,16 @@ def project_left(C: Tensor, W: Tensor) -> Tensor:
     matrix("W", W)
     if C.shape[0] != W.shape[0]:
         raise CorankError(f"C and W need the same number of rows, got {C.shape[0]} and {W.shape[0]}.")
-    dtype = work_dtype(W)
+    return _left(C, W).to(work_dtype(W))
+
+
+def _left(C: Tensor, W: Tensor) -> Tensor:
     Q, T, kept = nested_qr(C.double())
+    dtype = work_dtype(W)
     inner = (Q[:, kept].to(dtype).T @ W.to(dtype)).double()
     solution = inner.new_zeros(C.shape[1], W.shape[1])
     solution[kept] = torch.linalg.solve_triangular(T[kept][:, kept], inner, upper=True)
-    return solution.to(dtype)
+    return solution
 
 
 def project_right(W: Tensor, R: Tensor, G: Tensor | None = None) -> Tensor:
@@ -104,13 +108,17 @@ def project_right(W: Tensor, R: Tensor, G: Tensor | None = None) -> Tensor:
     matrix("R", R)
     if W.shape[1] != R.shape[1]:
         raise CorankError(f"W and R need the same number of columns, got {W.shape[1]} and {R.shape[1]}.")
+    return _right(W, R, G).to(work_dtype(W))
+
+
+def _right(W: Tensor, R: Tensor, G: Tensor | None) -> Tensor:
+    Z = _left(R.T, W.T).T
+    if G is None:
+        return Z
     R64, W64 = R.double(), W.double()
-    Z = project_left(R64.T, W64.T).T
-    if G is not None:
-        weighted = apply_metric(R64, metric("G", G, W.shape[1]).double())
-        moment = weighted @ R64.T
-        Z = Z + solve_psd((moment + moment.T) / 2, weighted @ (W64 - Z @ R64).T).T
-    return Z.to(work_dtype(W))
+    weighted = apply_metric(R64, metric("G", G, W.shape[1]).double())
+    moment = weighted @ R64.T
+    return Z + solve_psd((moment + moment.T) / 2, weighted @ (W64 - Z @ R64).T).T
 
 
 def link(C: Tensor, W: Tensor, R: Tensor, G: Tensor | None = None) -> Tensor:
@@ -120,7 +128,14 @@ def link(C: Tensor, W: Tensor, R: Tensor, G: Tensor | None = None) -> Tensor:
 
     Source: the weighted link of CURing's rewrite (M = C^+ (W D)(R D)^+) for any metric.
     """
-    return project_left(C.double(), project_right(W.double(), R, G)).to(work_dtype(W))
+    matrix("C", C)
+    matrix("W", W)
+    matrix("R", R)
+    if C.shape[0] != W.shape[0] or R.shape[1] != W.shape[1]:
+        raise CorankError(
+            f"C M R does not fit W {list(W.shape)}: C is {list(C.shape)}, R is {list(R.shape)}."
+        )
+    return _left(C, _right(W, R, G)).to(work_dtype(W))
 
 
 def plain_link(C: Tensor, W: Tensor, R: Tensor) -> Tensor:

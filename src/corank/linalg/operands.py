@@ -14,6 +14,11 @@ TINY = torch.finfo(torch.float64).tiny
 """Smallest normal number of the working precision; a floor for divisors."""
 
 
+def finite(A: Tensor) -> bool:
+    """Whether A holds neither NaN nor infinity; one pass, no temporary of the size of A."""
+    return A.numel() == 0 or all(bool(torch.isfinite(bound)) for bound in torch.aminmax(A))
+
+
 def matrix(name: str, W: Tensor) -> Tensor:
     """Return W if it is a finite 2-D floating point tensor.
 
@@ -26,7 +31,7 @@ def matrix(name: str, W: Tensor) -> Tensor:
         )
     if not W.is_floating_point():
         raise CorankError(f"{name} must be floating point, got {W.dtype}; dequantize it first.")
-    if not bool(torch.isfinite(W).all()):
+    if not finite(W):
         raise CorankError(
             f"{name} contains NaN or infinity; check the weights or the calibration run it came from."
         )
@@ -41,7 +46,7 @@ def metric(name: str, G: Tensor, size: int) -> Tensor:
     """
     if G.ndim not in (1, 2) or any(extent != size for extent in G.shape):
         raise CorankError(f"{name} must have shape [{size}, {size}] or [{size}], got {list(G.shape)}.")
-    if not bool(torch.isfinite(G).all()):
+    if not finite(G):
         raise CorankError(f"{name} contains NaN or infinity; check the calibration run it came from.")
     diagonal = G if G.ndim == 1 else G.diagonal()
     if size and float(diagonal.min()) < -1e-6 * float(diagonal.abs().max()):

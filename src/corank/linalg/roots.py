@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from corank.errors import CorankError
-from corank.linalg.operands import EPS, TINY, metric
+from corank.linalg.operands import EPS, TINY, finite, metric
 
 
 def _spectrum(G: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ class Metric:
             G = metric("G", G, size).double()
         if root is None:
             return cls(G)
-        if root.ndim not in (1, 2) or root.shape[0] != size or not bool(torch.isfinite(root).all()):
+        if root.ndim not in (1, 2) or root.shape[0] != size or not finite(root):
             raise CorankError(
                 f"root must be a finite [{size}, p] or [{size}] tensor, got {list(root.shape)}."
             )

@@ -92,7 +92,7 @@ def select(
 
 
 def lu_pivots(V: Tensor) -> Tensor:
-    """Row pivots of LU with partial pivoting on V [n, k], k <= n: int64 [k]. DEIM if V is a singular basis."""
+    """Row pivots of LU with partial pivoting on V [n, k], k <= n: int64 [k]. On a singular basis: DEIM."""
     swaps = torch.linalg.lu_factor_ex(V)[1].tolist()
     order = list(range(V.shape[0]))
     for i, j in enumerate(swaps):

@@ -84,10 +84,10 @@ def truncate(
         R: output metric L^T L: [m, m] positive semi-definite, [m] a diagonal, None the identity.
         root: psd_root(G), when siblings share it; G may then be None.
         rank: keep only this many leading vectors (the energies stay complete where they are free).
-        precision: "double" works in float64. "mixed" multiplies and decomposes in float32, measures the error of
-            that with float64 probes and repairs what float32 cannot resolve by a float64 Rayleigh-Ritz step;
-            its losses stay within 0.1% of "double" wherever they exceed 1e-4 of the total. If float32 resolves
-            less than half of the directions it silently becomes "double".
+        precision: "double" works in float64. "mixed" multiplies and decomposes in float32, measures the error
+            of that with float64 probes and repairs what float32 cannot resolve by a float64 Rayleigh-Ritz
+            step; its losses stay within 0.1% of "double" wherever they exceed 1e-4 of the total. If float32
+            resolves less than half of the directions it silently becomes "double".
         route: "output" decomposes the [m, m] matrix L W G W^T L^T; "input" takes W = Q T first and decomposes
             the [n, n] matrix T G T^T; "randomized" finds the leading `rank` vectors by power iteration,
             worthwhile for rank < min(m, n) / 4 only; "auto" is input for m > n, else output.

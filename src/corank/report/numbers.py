@@ -21,8 +21,7 @@ def number(value: float | None, digits: int = 4) -> str:
     if value == 0:
         return "0"
     if 1e-4 <= abs(value) < 10 ** max(6, digits):
-        places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-        return f"{value:,.{places}f}"
+        return f"{value:,.{_places(value, digits)}f}"
     return f"{value:.{max(1, digits - 2)}e}"
 
 
@@ -77,9 +76,13 @@ def _scaled(value: float | None, base: float, units: tuple[str, ...], plain: flo
     while abs(scaled) >= base * (1 - 0.5 * 10**-digits) and power < len(units) - 1:
         scaled /= base
         power += 1
-    places = max(0, digits - 1 - math.floor(math.log10(abs(scaled))))
-    text = f"{scaled:.{places}f}"
-    return f"{text} {units[power]}"
+    return f"{scaled:.{_places(scaled, digits)}f} {units[power]}"
+
+
+def _places(value: float, digits: int) -> int:
+    """Decimals that show ``digits`` significant digits: of the rounded value, 9.9996 being 10.00."""
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])
+    return max(0, digits - 1 - exponent)
 
 
 def _odd(value: float | None) -> str | None:

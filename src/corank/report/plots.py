@@ -97,8 +97,7 @@ def spectra(report: Report, *, dark: bool = False) -> Figure:
 
 
 def rank_map(report: Report, *, dark: bool = False) -> Figure:
-    """Share of the parameters kept, roles by layers; a site left dense has a dot. Sites of one cell are added
-    up.
+    """Share of the parameters kept, roles by layers, a dot where dense. Sites of one cell are added up.
 
     Raises:
         CorankError: the report has no sites, or matplotlib is missing.
@@ -109,7 +108,10 @@ def rank_map(report: Report, *, dark: bool = False) -> Figure:
     roles, layers = report.roles, _columns(report)
     figure = blank_figure(min(13, max(5.5, 0.3 * len(layers) + 2.6)), 0.36 * len(roles) + 2.1, theme)
     axes = figure.subplots()
-    kept = [[_cell(report, role, layer) for layer in layers] for role in roles]
+    cells: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+    for site in report.sites:
+        cells.setdefault((str(site["role"]), site["layer"]), []).append(site)
+    kept = [[_share(cells.get((role, layer), [])) for layer in layers] for role in roles]
     values = [[math.nan if cell is None else cell[0] for cell in row] for row in kept]
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     write = len(layers) <= 40
@@ -291,9 +293,8 @@ def _columns(report: Report) -> list[int | None]:
     return [*report.layers, *outside]
 
 
-def _cell(report: Report, role: str, layer: int | None) -> tuple[float, bool] | None:
-    """(share kept, all dense) of the sites of one role in one layer; None if there are none."""
-    sites = [s for s in report.sites if str(s["role"]) == role and s["layer"] == layer]
+def _share(sites: Sequence[dict[str, Any]]) -> tuple[float, bool] | None:
+    """(share of the parameters kept, all dense) of some sites; None if there are none."""
     before = sum(s["params_dense"] for s in sites)
     if not before:
         return None

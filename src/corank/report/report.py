@@ -72,7 +72,7 @@ class Report:
                 name = site.get("name", index)
                 raise CorankError(f"Site {name!r} of the report lacks {', '.join(missing)}; write it again.")
 
-        # Results of ``evaluate`` may be given as they are; from here on they are what a reader of the file sees.
+        # Results of ``evaluate`` may be given as they are; from here on they are plain JSON values.
         for name in ("evaluation", "generation", "speed"):
             object.__setattr__(self, name, decode(encode({name: getattr(self, name)}))[name])
 

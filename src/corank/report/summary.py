@@ -172,7 +172,15 @@ def comparison_table(reports: Sequence[Report]) -> Table:
         i for i in range(len(head)) if i < 3 or any(row[i] not in (numbers.DASH, "100.0%") for row in body)
     ]
     title = f"Comparison on {models[0]}" if len(models) == 1 else "Comparison"
-    drop = [head.index(name) for name in ("Time", "Peak memory", "FLOPs kept", "Bytes kept", "Model kept")]
+    least = [
+        "Time",
+        "Peak memory",
+        "FLOPs kept",
+        "Bytes kept",
+        "Model kept",
+        *(f"PPL {t}" for t in texts[:0:-1]),
+    ]
+    drop = [head.index(name) for name in least]
     return Table(
         title,
         tuple(head[i] for i in used),
