@@ -311,9 +311,8 @@ def _streamed(
                 f"continues from {work}."
             ) from None
         raise
-    except CorankError:
-        if not any((work / "blocks").glob("*.json")):  # nothing worth continuing from
-            shutil.rmtree(work, ignore_errors=True)
+    except CorankError:  # the model or the data are at fault: the same run could not be continued
+        shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(work, ignore_errors=True)
     return report

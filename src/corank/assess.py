@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from corank.api import evaluate, load
 from corank.evaluate import sample, speed
+from corank.evaluate.perplexity import context_length
 from corank.model import Text
 from corank.recipe import get
 from corank.report import Report
@@ -68,19 +69,27 @@ def assess(
     """
     small, tokenizer = load(compressed)
     after = perplexities(small, tokenizer, texts, windows, window, report.method, step)
-    generation = {report.method: sample(small, tokenizer, prompt, max_new_tokens=40).to_json()}
+    generation = {report.method: _continue(small, tokenizer, prompt)}
     before = known
     rows: list[dict[str, Any]] = []
     if before is None or timed:
         big, _ = load(dense)
         before = before or perplexities(big, tokenizer, texts, windows, window, "the dense model", step)
-        generation = {"dense": sample(big, tokenizer, prompt, max_new_tokens=40).to_json(), **generation}
+        generation = {"dense": _continue(big, tokenizer, prompt), **generation}
         if timed:
             step("speed", 0, 1)
             rows = [row.to_json() for row in speed({"dense": big, report.method: small}, repeats=3)]
     return dataclasses.replace(
         report, evaluation={"dense": before, "compressed": after}, generation=generation, speed=rows or report.speed
     )
+
+
+def _continue(model: PreTrainedModel, tokenizer: Any, prompt: str, tokens: int = 40) -> dict[str, Any]:
+    """A continuation of the prompt, or of its last words where the context is short."""
+    context = context_length(model)
+    if context is not None and len(tokenizer(prompt)["input_ids"]) > context // 2:
+        prompt, tokens = prompt[-context // 4 :], min(tokens, context // 4)
+    return sample(model, tokenizer, prompt, max_new_tokens=tokens).to_json()
 
 
 def write_documents(report: Report, directory: Path) -> None:

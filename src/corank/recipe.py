@@ -14,6 +14,7 @@ import fnmatch
 import importlib
 import inspect
 import pkgutil
+import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -192,10 +193,11 @@ class Method:
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
-    options = [t for t in typing.get_args(hint) if t is not type(None)] or [hint]
-    if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in typing.get_args(hint)):
+    union = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in union):
         return None
-    wanted = typing.get_origin(options[0]) or options[0]
+    first = next(t for t in union if t is not type(None))
+    wanted = typing.get_origin(first) or first
     try:
         if wanted is tuple:
             return tuple(value.split(",")) if isinstance(value, str) else tuple(value)

@@ -74,8 +74,13 @@ def test_the_incomplete_window_is_dropped(model, tokenizer, text):
     full = perplexity(model, tokenizer, " ".join(words[:40]), window=10, bos=False)
     more = perplexity(model, tokenizer, " ".join(words[:49]), window=10, bos=False)
     assert (more.windows, more.nll) == (4, full.nll)
-    first = perplexity(model, tokenizer, text, window=10, bos=False, max_windows=4)
-    assert (first.windows, first.nll) == (4, full.nll)
+
+
+def test_fewer_windows_are_taken_evenly_spaced(tokenizer, text):
+    every, _ = cut_windows(tokenizer, text, window=10, bos=False)
+    some, _ = cut_windows(tokenizer, text, window=10, bos=False, max_windows=4)
+    assert torch.equal(some, every[[i * len(every) // 4 for i in range(4)]])
+    assert torch.equal(cut_windows(tokenizer, text, window=10, bos=False, max_windows=10**6)[0], every)
 
 
 @pytest.mark.parametrize(("adds", "expected"), [(True, True), (False, False)])

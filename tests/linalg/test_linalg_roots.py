@@ -6,7 +6,7 @@ from linalg_oracles import inputs, loss, randn
 
 from corank.errors import CorankError
 from corank.linalg import apply_root, psd_root, psd_sqrt, refit_input, refit_output, retarget, truncate
-from corank.linalg.roots import Metric, solve_psd
+from corank.linalg.roots import Metric, lower_product, solve_psd
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 100])
@@ -61,14 +61,21 @@ def test_every_form_of_a_metric_weighs_alike(tokens):
     ):
         for form in group:
             assert torch.allclose(form.weigh(A), A @ full)
-            assert torch.allclose(form.moment(A), A @ full @ A.T)
+            assert torch.allclose(form.moment(A).tril(), (A @ full @ A.T).tril())
             assert torch.allclose(form.rooted(A) @ form.rooted(A).T, A @ full @ A.T)
             assert torch.allclose(form.times(A, Z), A @ full @ A.T @ Z)
             assert form.total(A) == pytest.approx(float((A @ full @ A.T).trace()))
             single, factor = form.single()
             assert torch.allclose(
-                single.moment(A.float()).double() * factor, A @ full @ A.T, rtol=1e-3, atol=1e-5
+                single.moment(A.float()).double() * factor, form.moment(A), rtol=1e-3, atol=1e-5
             )
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 200, 257])
+def test_lower_product_is_the_lower_triangle(size):
+    A = randn(size, 5)
+    found = lower_product(A, 2.0 * A)
+    assert torch.isfinite(found).all() and torch.allclose(found.tril(), (2.0 * A @ A.T).tril(), atol=1e-12)
 
 
 @pytest.mark.parametrize("rank", [0, 3, 10])

@@ -171,6 +171,12 @@ def test_float32_selects_like_float64():
         assert torch.equal(select(A, 10, how), select(A.float(), 10, how))
 
 
+@pytest.mark.parametrize("how", SELECTORS)
+def test_half_precision_is_accepted(how):
+    A = randn(20, 30).bfloat16()
+    assert torch.equal(select(A, 5, how), select(A.float(), 5, how))
+
+
 def test_bad_requests():
     A = randn(10, 20)
     with pytest.raises(CorankError, match="nearest: .*qdeim"):

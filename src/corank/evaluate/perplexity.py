@@ -5,7 +5,8 @@
    no window leaves the context of the model. Under the BOS policy the first position of each window is the
    BOS token and ``window - 1`` tokens of text follow it; without it all ``window`` positions are text.
 3. The last, incomplete window is dropped.
-4. The value is exp of the mean negative log-likelihood over all predicted tokens. Both policies predict
+4. If fewer windows are asked for than there are (``max_windows``), they are taken evenly spaced.
+5. The value is exp of the mean negative log-likelihood over all predicted tokens. Both policies predict
    exactly ``window - 1`` tokens per window: the first position has no context and is never predicted.
 
 Whether the BOS token is there can change the perplexity of some families a thousandfold (Gemma), hence the
@@ -88,7 +89,7 @@ def perplexity(
         tokenizer: a Hugging Face tokenizer.
         text: the text; a sequence of texts is joined by blank lines.
         window: positions per window, >= 2.
-        max_windows: stop after this many windows (None: the whole text).
+        max_windows: at most this many windows, evenly spaced over the text (None: all).
         bos: begin every window with the BOS token. ``"auto"``: iff the tokenizer itself adds one.
         batch_size: windows per forward pass; changes memory and time, not the value.
         progress: called with (windows done, windows in all) after every batch.
@@ -174,10 +175,11 @@ def cut_windows(
         raise CorankError(
             f"The text has {len(ids)} tokens and one window needs {take}; give more text or a smaller window."
         )
-    count = count if max_windows is None else min(count, max_windows)
     windows = torch.tensor(ids[: count * take], dtype=torch.long).reshape(count, take)
+    if max_windows is not None and max_windows < count:  # spread evenly: the first ones may all be of one article
+        windows = windows[[i * count // max_windows for i in range(max_windows)]]
     if with_bos and begin is not None:
-        windows = torch.cat([torch.full((count, 1), begin, dtype=torch.long), windows], dim=1)
+        windows = torch.cat([torch.full((len(windows), 1), begin, dtype=torch.long), windows], dim=1)
     return windows, with_bos
 
 

@@ -6,8 +6,7 @@ C = W[:, J] [m, r], R = W[I, :] [r, n], input metric G (None identity, [n] diago
     row ID      W' = Z R      Z = W G R^T (R G R^T)^+
     CUR         W' = C M R    M = C^+ W G R^T (R G R^T)^+ weighted; C^+ W R^+ plain (CURing, arXiv:2501.04211)
 
-Selected columns or rows may be zero, duplicates or dependent: dependent directions are recognised and left
-out.
+Selected columns or rows may be zero, duplicates or dependent; dependent directions are left out.
 """
 
 from __future__ import annotations
@@ -87,8 +86,7 @@ def _left(C: Tensor, W: Tensor) -> Tensor:
 
 
 def project_right(W: Tensor, R: Tensor, G: Tensor | None = None) -> Tensor:
-    """W G R^T (R G R^T)^+: the coefficients Z [m, r] of the best approximation Z R of W [m, n] under the
-    metric G.
+    """W G R^T (R G R^T)^+: the coefficients Z [m, r] of the best approximation Z R of W [m, n] under G.
 
     Evaluated as Z0 + (W - Z0 R) G R^T (R G R^T)^+ with the unweighted Z0 = W R^+: exact where W lies in the
     span of R, and in directions G never saw the unweighted projection remains.
@@ -224,11 +222,14 @@ def cur_curve(
 ) -> Tensor:
     """|| (W - C_k M_k R_k) S ||_F^2 of CUR with the first k rows and columns, for k = 0 .. r, from two QRs.
 
-    Weighted link: with C = Qc Tc, (R S)^T = Qr Tr and K = Qc^T W S Qr, loss(k) = || W S ||^2 - || K[:k, :k]
-    ||^2. Plain link (projectors of C and R without weights, measured under G): with R^T = Qr Tr, K = Qc^T W
-    Qr, N = Qc^T W G Qr and H = Qr^T G Qr, loss(k) = || W S ||^2 - 2 sum (K o N)[:k, :k] + sum_(a < k) K[a,
-    :k] H[:k, :k] K[a, :k]^T. The last sum grows with column s by K[a, s] (2 sum_(c < s) H[s, c] K[a, c] +
-    H[s, s] K[a, s]), so it is a leading-block sum as well.
+    Weighted link, with C = Qc Tc, (R S)^T = Qr Tr and K = Qc^T W S Qr:
+        loss(k) = || W S ||^2 - || K[:k, :k] ||^2.
+    Plain link (unweighted projectors, measured under G), with R^T = Qr Tr, K = Qc^T W Qr, N = Qc^T W G Qr and
+    H = Qr^T G Qr:
+        loss(k) = || W S ||^2 - 2 sum (K o N)[:k, :k] + sum_(a < k) K[a, :k] H[:k, :k] K[a, :k]^T.
+    In the last sum row a and column s together add K[a, s] (2 sum_(c < s) H[s, c] K[a, c] + H[s, s] K[a, s]),
+    so it is a sum over leading blocks as well and one product with the strict lower triangle of H gives all
+    k.
 
     Args:
         W: [m, n].
@@ -256,7 +257,7 @@ def cur_curve(
     Qr, _, _ = nested_qr(W64[I].T)
     A = Qc.T @ W64
     K, N = A @ Qr, geometry.weigh(A) @ Qr
-    H = geometry.moment(Qr.T)
+    H = geometry.moment(Qr.T)  # its lower triangle
     return _curve(total, _leading_blocks(K * (2 * N - 2 * K @ H.tril(-1).T - K * H.diagonal())))
 
 

@@ -1,5 +1,4 @@
-"""Storing a rank-k matrix as k of its own rows plus the coefficients of the others: k (m + n - k) values, no
-loss.
+"""Storing a rank-k matrix as k of its own rows and the coefficients of the others: k (m + n - k) values.
 
 This is PIFA (arXiv:2501.19090), the interpolative form of an already chosen low-rank pair: it saves exactly
 k^2 values and k^2 multiplications per input vector over the pair, and breaks even at full rank.
@@ -19,8 +18,7 @@ from corank.linalg.selection import lu_pivots, maxvol
 
 @dataclass(frozen=True)
 class Packed:
-    """D = B A [m, n] with D[pivots] = rows and D[others] = rest @ rows; others = the sorted complement of
-    pivots.
+    """D = B A [m, n] with D[pivots] = rows and D[others] = rest @ rows.
 
     Attributes:
         pivots: int64 [k], ascending.
@@ -38,11 +36,6 @@ class Packed:
         free = torch.ones(len(self.pivots) + self.rest.shape[0], dtype=torch.bool, device=self.pivots.device)
         free[self.pivots] = False
         return free.nonzero()[:, 0]
-
-    @property
-    def numel(self) -> int:
-        """Stored values including the indices: k (m + n - k) + k."""
-        return self.rows.numel() + self.rest.numel() + self.pivots.numel()
 
 
 def pack(B: Tensor, A: Tensor) -> Packed:

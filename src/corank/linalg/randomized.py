@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from corank.errors import CorankError
-from corank.linalg.operands import gaussian, matrix
+from corank.linalg.operands import gaussian, matrix, work_dtype
 
 
 def sketch(A: Tensor, width: int, generator: torch.Generator | None = None) -> Tensor:
@@ -23,7 +23,7 @@ def sketch(A: Tensor, width: int, generator: torch.Generator | None = None) -> T
     Raises:
         CorankError: width out of range, A not a finite matrix.
     """
-    matrix("A", A)
+    A = matrix("A", A).to(work_dtype(A))
     if not 1 <= width <= A.shape[0]:
         raise CorankError(f"width must be between 1 and {A.shape[0]}, got {width}.")
     return gaussian(width, A.shape[0], A, generator) @ A
@@ -47,7 +47,7 @@ def range_finder(A: Tensor, width: int, power: int = 1, generator: torch.Generat
 
     Source: Halko, Martinsson, Tropp 2011 (arXiv:0909.4061), algorithm 4.4.
     """
-    matrix("A", A)
+    A = matrix("A", A).to(work_dtype(A))
     if not 1 <= width <= min(A.shape):
         raise CorankError(f"width must be between 1 and {min(A.shape)}, got {width}.")
     if power < 0:

@@ -97,10 +97,30 @@ def solve_psd(K: Tensor, Y: Tensor) -> Tensor:
     return (vectors @ ((vectors.T @ rhs) / values[:, None])) / scale[:, None]
 
 
+def lower_product(A: Tensor, B: Tensor) -> Tensor:
+    """The lower triangle of a product A B^T known to be symmetric, with five eighths of the work."""
+    size = len(A)
+    step = max(-(-size // 4), 64)
+    if step >= size:
+        return A @ B.T
+    out = A.new_zeros(size, size)
+    for i in range(0, size, step):
+        out[i : i + step, : i + step] = A[i : i + step] @ B[: i + step].T
+    return out
+
+
+def single(A: Tensor) -> tuple[Tensor, float]:
+    """A in float32 and the factor it was divided by to fit: A = factor * float32."""
+    peak = max(abs(float(bound)) for bound in torch.aminmax(A)) if A.numel() else 1.0
+    if 1e-9 < peak < 1e9:
+        return A.float(), 1.0
+    peak = max(peak, TINY)
+    return (A / peak).float(), peak
+
+
 @dataclass(frozen=True)
 class Metric:
-    """An input metric G = S S^T on n channels in whichever form it is at hand; both fields None is the
-    identity.
+    """An input metric G = S S^T on n channels in whichever form it is at hand; nothing given: the identity.
 
     Attributes:
         G: float64 [n, n], [n] (diagonal) or None.
@@ -136,14 +156,10 @@ class Metric:
         return A if self.G is None else apply_root(A, psd_root(self.G))
 
     def moment(self, A: Tensor) -> Tensor:
-        """A G A^T [k, k], symmetric."""
+        """A G A^T [k, k]; only the lower triangle is filled, which is all that eigh and Cholesky read."""
         if self.root is not None:
             A = apply_root(A, self.root)
-            return A @ A.T
-        if self.G is None:
-            return A @ A.T
-        product = apply_metric(A, self.G) @ A.T
-        return (product + product.T) / 2
+        return lower_product(A if self.root is not None else apply_metric(A, self.G), A)
 
     def total(self, A: Tensor) -> float:
         """tr(A G A^T) = || A S ||_F^2."""
@@ -158,9 +174,9 @@ class Metric:
     def single(self) -> tuple[Metric, float]:
         """The metric in float32, and the factor taken out of it so that nothing overflows."""
         if self.root is not None:
-            peak = float(self.root.abs().amax().clamp_min(TINY)) if self.root.numel() else 1.0
-            return Metric(None, (self.root / peak).float()), peak**2
+            scaled, factor = single(self.root)
+            return Metric(None, scaled), factor**2
         if self.G is None:
             return self, 1.0
-        peak = float(self.G.abs().amax().clamp_min(TINY))
-        return Metric((self.G / peak).float()), peak
+        scaled, factor = single(self.G)
+        return Metric(scaled), factor

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from corank.errors import CorankError, unknown
-from corank.linalg.operands import matrix, seeded
+from corank.linalg.operands import matrix, seeded, work_dtype
 from corank.linalg.randomized import sketch
 from corank.linalg.truncation import truncate
 
@@ -45,10 +45,10 @@ def select(
     basis: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Select r distinct columns (axis=1) or rows (axis=0) of A, most important first where the rule has an
-    order.
+    """Select r distinct columns (axis=1) or rows (axis=0) of A.
 
-    Scale A first for a weighted selection: A = W diag(rms x) or A = W S.
+    Most important first where the rule has an order. Scale A first for a weighted selection: A = W diag(rms
+    x) or A = W S.
 
     Args:
         A: [m, n] float32 or float64.
@@ -72,7 +72,7 @@ def select(
         raise unknown("selector", how, SELECTORS)
     if axis not in (0, 1):
         raise CorankError(f"axis must be 1 (columns) or 0 (rows), got {axis}.")
-    A = A if axis == 1 else A.T
+    A = (A if axis == 1 else A.T).to(work_dtype(A))
     n = A.shape[1]
     limit = n if how in ("norm", "random") else min(A.shape)
     needs_basis = how in _FROM_BASIS
@@ -80,6 +80,7 @@ def select(
         matrix("basis", basis)
         if basis.shape[0] != n:
             raise CorankError(f"basis must have {n} rows, one per candidate, got shape {list(basis.shape)}.")
+        basis = basis.to(work_dtype(basis))
         limit = min(n, basis.shape[1])
     if not 0 <= r <= limit:
         raise CorankError(f"The selector {how} can select between 0 and {limit} here, got {r}.")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from corank.errors import CorankError, unknown
 from corank.linalg.operands import EPS, TINY, gaussian, matrix, metric, work_dtype
-from corank.linalg.roots import Metric, psd_root
+from corank.linalg.roots import Metric, lower_product, psd_root, single
 
 PRECISIONS = ("double", "mixed")
 ROUTES = ("auto", "output", "input", "randomized")
@@ -37,8 +37,8 @@ class Truncation:
     Attributes:
         up: [m, p], output factors by descending energy; orthonormal columns unless there is an output metric.
         project: [p, m]; project @ up = I.
-        energy: [>= p] float64, descending squared singular values of L W S; longer than p only if `rank` was
-            given.
+        energy: float64, descending squared singular values of L W S: all min(m, n) of them, or the first
+            `rank` on the randomized route. p is smaller if `rank` was given or the output metric is singular.
         total: || L W S ||_F^2.
     """
 
@@ -50,11 +50,14 @@ class Truncation:
     def pair(self, W: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The optimal factors B = up[:, :k] [m, k] and A = project[:k] W [k, n] in the dtype of `up`.
 
+        With a singular output metric fewer than k directions may have energy; then there are only so many.
+
         Raises:
-            CorankError: k is negative or larger than the number of vectors kept.
+            CorankError: k is negative, larger than min(m, n), or larger than the `rank` given to truncate.
         """
-        if not 0 <= k <= self.up.shape[1]:
-            raise CorankError(f"rank must be between 0 and {self.up.shape[1]}, got {k}.")
+        p, limit = self.up.shape[1], len(self.energy)
+        if not 0 <= k <= limit or (k > p and float(self.energy[p]) > 1e-11 * self.total):
+            raise CorankError(f"rank must be between 0 and {min(p, limit)}, got {k}.")
         return self.up[:, :k], self.project[:k] @ W.to(self.project.dtype)
 
     def loss(self) -> Tensor:
@@ -87,7 +90,8 @@ def truncate(
         precision: "double" works in float64. "mixed" multiplies and decomposes in float32, measures the error
             of that with float64 probes and repairs what float32 cannot resolve by a float64 Rayleigh-Ritz
             step; its losses stay within 0.1% of "double" wherever they exceed 1e-4 of the total. If float32
-            resolves less than half of the directions it silently becomes "double".
+            resolves less than half of the directions it silently becomes "double". Energies past `rank`,
+            where one is given, may be as coarse as float32.
         route: "output" decomposes the [m, m] matrix L W G W^T L^T; "input" takes W = Q T first and decomposes
             the [n, n] matrix T G T^T; "randomized" finds the leading `rank` vectors by power iteration,
             worthwhile for rank < min(m, n) / 4 only; "auto" is input for m > n, else output.
@@ -121,13 +125,14 @@ def truncate(
         U, energy, total = _randomized(X, right, min(rank or 0, X.shape[0]), generator)
     else:
         tall = X.shape[0] > n if route == "auto" else route == "input"
-        core, widen = _triangle(X) if tall else (X, None)
+        core, widen = _triangle(X, work_dtype(W)) if tall else (X, None)
         # In a tall core float32 noise could rank a direction outside range(W) before one inside: no mixed.
-        found = _eigen_mixed(core, right) if precision == "mixed" and core.shape[0] <= n else None
+        found = _eigen_mixed(core, right, rank) if precision == "mixed" and core.shape[0] <= n else None
         U, energy = found if found is not None else _eigen(core, right)
-        energy = energy[: min(m, n)]
+        U = U[:, : min(m, n) if rank is None else rank]
+        # A singular R leaves fewer directions than ranks; the rest has no energy.
+        energy = torch.cat([energy, energy.new_zeros(n)])[: min(m, n)]
         total = float(energy.sum())
-        U = U[:, : len(energy) if rank is None else rank]
         U = U if widen is None else widen(U)
 
     up, project = left.lift(U, energy, right)
@@ -164,15 +169,20 @@ class _Left:
         return (self.W @ right.weigh(U.T @ self.X).T) / kept[:seen], U.T @ self.L
 
 
-def _triangle(X: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """X = Q T: the triangular T, and the map U -> Q U."""
-    scale = X.norm(dim=0).clamp_min(TINY)
-    unit = X / scale
-    factor, info = torch.linalg.cholesky_ex(unit.T @ unit)
+def _triangle(X: Tensor, dtype: torch.dtype) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """X = Q T: the triangular T, and the map U -> Q U with its large product in `dtype`."""
+    gram = lower_product(X.T, X.T)
+    scale = gram.diagonal().sqrt().clamp_min(TINY)
+    factor, info = torch.linalg.cholesky_ex(gram / scale / scale[:, None])
     if int(info) == 0 and X.shape[0] >= X.shape[1] and float(factor.diagonal().min()) > 1e-2:
         # For the well conditioned matrices of real networks T by Cholesky and Q U = X (T^-1 U) cost half of a
-        # Householder QR and stay orthonormal to about 1e-11.
-        return factor.T * scale, lambda U: unit @ torch.linalg.solve_triangular(factor.T, U, upper=True)
+        # Householder QR, and stay orthonormal to 1e4 roundoffs of the product.
+        T = factor.T * scale
+
+        def widen(U: Tensor) -> Tensor:
+            return X.to(dtype) @ torch.linalg.solve_triangular(T, U, upper=True).to(dtype)
+
+        return T, widen
     Q, T = torch.linalg.qr(X)
     return T, lambda U: Q @ U
 
@@ -193,22 +203,22 @@ def _eigen(core: Tensor, right: Metric) -> tuple[Tensor, Tensor]:
     return U, energy
 
 
-def _eigen_mixed(core: Tensor, right: Metric) -> tuple[Tensor, Tensor] | None:
-    """_eigen with the cubic work in float32; None if float32 resolves less than half of the directions."""
+def _eigen_mixed(core: Tensor, right: Metric, rank: int | None) -> tuple[Tensor, Tensor] | None:
+    """_eigen with the cubic work in float32; None if float32 resolves too little."""
     size = core.shape[0]
-    peak = float(core.abs().max().clamp_min(TINY))
+    core32, peak = single(core)
     metric32, factor = right.single()
-    values, U = torch.linalg.eigh(metric32.moment((core / peak).float()))
+    values, U = torch.linalg.eigh(metric32.moment(core32))
     values, U = values.flip(0).double() * (factor * peak**2), U.flip(1).double()
     # The float64 residual on random probes measures the float32 error, that of the products included.
     probes = gaussian(size, PROBES, core, None)
     exact = right.times(core, probes)
     error = float((exact - U @ (values[:, None] * (U.T @ probes))).norm()) / PROBES**0.5
     head = int((values > RESOLVED * error).sum())
+    if head == size or (rank is not None and rank < head):
+        return U, values.clamp_min(0.0)
     if head < size / 2:
         return None
-    if head == size:
-        return U, values
     tail = torch.linalg.qr(U[:, head:]).Q
     V, ritz = _eigen(tail.T @ core, right)
     return torch.cat([U[:, :head], tail @ V], 1), torch.cat([values[:head], ritz])

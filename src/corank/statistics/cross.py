@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from corank.errors import CorankError
-from corank.statistics.gram import symmetric
+from corank.statistics.gram import self_product, symmetric
 from corank.statistics.precision import accumulation
 from corank.statistics.statistic import Statistic
 from corank.statistics.tokens import blocks, real_tokens
@@ -79,8 +79,8 @@ class CrossGram(Statistic):
             drifted = real_tokens(x_drifted, mask, self.n, "drifted inputs").to(dense.device)
             for x, z in blocks(dense, drifted):
                 self._add("sum_xz", x.T @ z)
-                self._add("sum_zz", z.T @ z)
-                self._add("sum_xx", x.T @ x)
+                self._add("sum_zz", self_product(z))
+                self._add("sum_xx", self_product(x))
                 self._add("sum_x", x.sum(0, dtype=torch.float64))
                 self._add("sum_z", z.sum(0, dtype=torch.float64))
             self.count += len(dense)

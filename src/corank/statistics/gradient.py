@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from corank.statistics.gram import shrunk, symmetric
+from corank.statistics.gram import self_product, shrunk, symmetric
 from corank.statistics.precision import accumulation
 from corank.statistics.statistic import Statistic
 from corank.statistics.tokens import blocks, real_tokens
@@ -65,7 +65,7 @@ class GradientGram(Statistic):
         with accumulation(g.device):
             rows = real_tokens(g, mask, self.m, "gradients")
             for (block,) in blocks(rows):
-                self._add("sum_gg", block.T @ block)
+                self._add("sum_gg", self_product(block))
             self.count += len(rows)
 
     def result(self) -> OutputMetric:

@@ -31,6 +31,20 @@ def shrunk(G: Tensor, alpha: float) -> Tensor:
     return out
 
 
+def self_product(X: Tensor, panels: int = 4) -> Tensor:
+    """X^T X for X [T, n], computing the lower triangle only, in panels: (1 + 1/panels)/2 of the multiplications."""
+    n = X.shape[1]
+    if n < 256:
+        return X.T @ X
+    width = -(-n // panels)
+    out = X.new_empty(n, n)
+    for start in range(0, n, width):
+        stop = min(start + width, n)
+        out[start:, start:stop] = X[:, start:].T @ X[:, start:stop]
+        out[start:stop, stop:] = out[stop:, start:stop].T
+    return out
+
+
 def symmetric(G: Tensor) -> Tensor:
     """The symmetric part; matrix products return X^T X symmetric only up to rounding."""
     return (G + G.T) / 2
@@ -102,7 +116,7 @@ class InputGram(Statistic):
         with accumulation(x.device):
             rows = real_tokens(x, mask, self.n, "inputs")
             for (block,) in blocks(rows):
-                self._add("sum_xx", block.T @ block)
+                self._add("sum_xx", self_product(block))
                 self._add("sum_x", block.sum(0, dtype=torch.float64))
             self.count += len(rows)
 

@@ -1,0 +1,26 @@
+"""``python -m benchmarks NAME ...``: run a benchmark; without a name, list them."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+
+import benchmarks
+
+
+def main() -> int:
+    """Run the benchmark named first; the others are its arguments."""
+    names = [m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in ("__main__", "hardware")]
+    if len(sys.argv) < 2 or sys.argv[1] not in names:
+        print("usage: ./dev bench NAME [options]    (NAME --help says more)")
+        for name in names:
+            doc = importlib.import_module(f"benchmarks.{name}").__doc__ or ""
+            print(f"  {name:14s} {doc.splitlines()[0]}")
+        return 0 if len(sys.argv) < 2 else 2
+    importlib.import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
