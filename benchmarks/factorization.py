@@ -173,9 +173,7 @@ def whole_model(layers: int, keep: float, tokens: int) -> dict[str, Any]:
             "wall_speedup_over_shared": speedup(wall["direct-shared"], wall[name]),
             "cpu_speedup_over_shared": speedup(cpu["direct-shared"], cpu[name]),
             "loss_over_optimum": sum(losses[name]) / sum(losses["double"]),
-            "worst_matrix_loss_over_optimum": max(
-                a / b for a, b in zip(losses[name], losses["double"], strict=True)
-            ),
+            "worst_matrix_loss_over_optimum": max(a / b for a, b in zip(losses[name], losses["double"], strict=True)),
             "time_share": breakdown(ROUTES[name], layer, keep),
         }
     return {"layers": layers, "matrices": layers * 7, "keep": keep, "tokens": tokens, "routes": rows}
@@ -257,9 +255,7 @@ def show(result: dict[str, Any]) -> None:
         ):
             table.add_column(column)
         for name, row in model["routes"].items():
-            share = ", ".join(
-                f"{kind} {part:.0%}" for kind, part in row["time_share"].items() if part >= 0.03
-            )
+            share = ", ".join(f"{kind} {part:.0%}" for kind, part in row["time_share"].items() if part >= 0.03)
             table.add_row(
                 name,
                 f"{row['wall_seconds']:.1f}",
@@ -272,9 +268,7 @@ def show(result: dict[str, Any]) -> None:
             )
         console.print(table)
     if fast := result.get("fast_cur"):
-        table = Table(
-            title=f"rank-{fast['rank']} columns and rows of a {fast['shape'][0]} x {fast['shape'][1]} matrix"
-        )
+        table = Table(title=f"rank-{fast['rank']} columns and rows of a {fast['shape'][0]} x {fast['shape'][1]} matrix")
         for column in (
             "route",
             "column ID s",
@@ -304,18 +298,14 @@ def cpu_name() -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("all", "model", "cur"), default="all")
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--tokens", type=int, default=4096, help="rows behind each Gram matrix")
     parser.add_argument("--shape", type=int, nargs=2, default=(4096, 14336), help="of the matrix in part cur")
     parser.add_argument("--rank", type=int, default=256, help="columns and rows in part cur")
-    parser.add_argument(
-        "--decay", type=float, default=0.8, help="singular values fall like i^-decay in part cur"
-    )
+    parser.add_argument("--decay", type=float, default=0.8, help="singular values fall like i^-decay in part cur")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     options = parser.parse_args(argv)

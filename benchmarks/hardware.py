@@ -24,7 +24,12 @@ def hardware() -> dict[str, Any]:
     except (OSError, ValueError):
         memory = None
     return {
-        "processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "memory_bytes": memory,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "python": platform.python_version(),
-        "torch": torch.__version__, "transformers": transformers.__version__,
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": memory,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }

@@ -48,7 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--calibration", default="builtin")
     parser.add_argument("--test", default="builtin-test")
     parser.add_argument("--other", default="builtin-code", help="text outside the calibration domain")
-    parser.add_argument("--windows", type=int, default=48, help="evenly spaced windows of 512 tokens per text; 0 for all")
+    parser.add_argument(
+        "--windows", type=int, default=48, help="evenly spaced windows of 512 tokens per text; 0 for all"
+    )
     parser.add_argument("--work", default="runs/quality", help="where finished cells and statistics are kept")
     parser.add_argument("--cells", type=int, default=len(CELLS), help="only the first so many cells")
     parser.add_argument("--out", default="benchmarks/results/quality.json")
@@ -66,12 +68,21 @@ def main(arguments: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(dir=work) as folder:
             out = Path(folder) / "model"
             report = corank.compress(
-                args.model, cell.method, out=out, data=calibration, samples=64, length=512, cache=work / "statistics",
-                **cell.budget, **cell.options,
+                args.model,
+                cell.method,
+                out=out,
+                data=calibration,
+                samples=64,
+                length=512,
+                cache=work / "statistics",
+                **cell.budget,
+                **cell.options,
             )
             found = measure(*corank.load(out))
         return {
-            "perplexity": found, "accounting": report.accounting, "stages": report.stages,
+            "perplexity": found,
+            "accounting": report.accounting,
+            "stages": report.stages,
             "peak_memory_bytes": report.peak_memory_bytes,
             "loss": sum(s["loss"] for s in report.sites) / len(report.sites),
         }
@@ -92,13 +103,21 @@ def main(arguments: list[str] | None = None) -> None:
         print(
             f"{label:45s} kept {kept['compressed'] / kept['dense']:.4f}  test {row['perplexity']['test']['value']:10.2f} "
             f"(x{row['ratio']['test']:.3f})  other {row['perplexity']['other']['value']:10.2f} (x{row['ratio']['other']:.3f})  "
-            f"{ {k: round(v, 1) for k, v in row.get('stages', {}).items()} }", flush=True,
+            f"{ {k: round(v, 1) for k, v in row.get('stages', {}).items()} }",
+            flush=True,
         )
-        write_json(args.out, {
-            "hardware": hardware(), "model": args.model, "windows": windows, "window": 512,
-            "calibration": {"text": calibration.source, "sha256": calibration.sha256, "samples": 64, "length": 512},
-            "texts": {k: {"text": t.source, "sha256": t.sha256} for k, t in texts.items()}, "rows": rows,
-        })
+        write_json(
+            args.out,
+            {
+                "hardware": hardware(),
+                "model": args.model,
+                "windows": windows,
+                "window": 512,
+                "calibration": {"text": calibration.source, "sha256": calibration.sha256, "samples": 64, "length": 512},
+                "texts": {k: {"text": t.source, "sha256": t.sha256} for k, t in texts.items()},
+                "rows": rows,
+            },
+        )
     shutil.rmtree(work / "statistics", ignore_errors=True)
 
 

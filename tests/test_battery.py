@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from tiny import saved, text, tiny, tokenizer
 
 import corank
 from corank import recipe
@@ -15,6 +14,7 @@ from corank.engine.site import cost, factorize_site
 from corank.factorize import Measured
 from corank.model import Site, Text
 from corank.statistics import FisherDiagonal, GradientGram, InputGram, InputMoments
+from tiny import saved, text, tiny, tokenizer
 
 METHODS = [m.name for m in recipe.methods()]
 SHAPES = {"square": (12, 12), "wide": (9, 17), "tall": (19, 10), "thin": (3, 14), "odd": (13, 7)}
@@ -38,7 +38,10 @@ def measured(shape, tokens=60, samples=4, seed=1, dead=(), method_affine=False):
     X[..., list(dead)] = 0
     dY = torch.randn(*X.shape[:2], m, generator=g, dtype=torch.float64)
     statistics = {
-        "gram": InputGram(n), "moments": InputMoments(n), "fisher": FisherDiagonal(m, n), "gradient": GradientGram(m),
+        "gram": InputGram(n),
+        "moments": InputMoments(n),
+        "fisher": FisherDiagonal(m, n),
+        "gradient": GradientGram(m),
     }
     statistics["gram"].update(X)
     statistics["moments"].update(X)
@@ -54,7 +57,9 @@ def site(shape, bias=False):
 def replacement(name, shape, rank, seed=0, data=None, bias=None, **settings):
     made = recipe.get(name).recipe(**settings)
     data = data if data is not None else measured(shape, method_affine=made.affine)[0]
-    return factorize_site(made, site(shape, bias is not None), matrix(shape), bias, data, rank, seed=seed, dtype=torch.float64)
+    return factorize_site(
+        made, site(shape, bias is not None), matrix(shape), bias, data, rank, seed=seed, dtype=torch.float64
+    )
 
 
 def packing(name):

@@ -44,7 +44,9 @@ def tiny(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     return model.to(dtype)
 
 
-def windows(samples: int = 6, length: int = 16, seed: int = 0, padded: bool = False, vocabulary: int = 64) -> Calibration:
+def windows(
+    samples: int = 6, length: int = 16, seed: int = 0, padded: bool = False, vocabulary: int = 64
+) -> Calibration:
     """Random calibration windows, the last ones padded on the right if asked for."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, vocabulary, (samples, length), generator=g)

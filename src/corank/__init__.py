@@ -18,6 +18,16 @@ from corank.recipe import Recipe, methods, register
 from corank.report import Report
 
 __all__ = [
-    "Budget", "CorankError", "Recipe", "Report", "__version__", "compress", "dequantize", "evaluate", "load", "methods",
-    "register", "verify",
+    "Budget",
+    "CorankError",
+    "Recipe",
+    "Report",
+    "__version__",
+    "compress",
+    "dequantize",
+    "evaluate",
+    "load",
+    "methods",
+    "register",
+    "verify",
 ]

@@ -26,7 +26,15 @@ from corank.errors import CorankError
 from corank.evaluate import PeakMemory, Perplexity, perplexity
 from corank.evaluate.perplexity import adds_bos
 from corank.model import (
-    Calibration, Outline, ResidentModel, StreamedModel, Text, calibration, read_text, resolve, select_sites,
+    Calibration,
+    Outline,
+    ResidentModel,
+    StreamedModel,
+    Text,
+    calibration,
+    read_text,
+    resolve,
+    select_sites,
 )
 from corank.model.streaming import NotStreamable
 from corank.recipe import Recipe, get
@@ -62,7 +70,13 @@ class Order:
 
     @classmethod
     def take(
-        cls, method: str, budget: Mapping[str, Any], scope: str | None, settings: Mapping[str, Any], data: str | Path | Text, **rest: Any
+        cls,
+        method: str,
+        budget: Mapping[str, Any],
+        scope: str | None,
+        settings: Mapping[str, Any],
+        data: str | Path | Text,
+        **rest: Any,
     ) -> Order:
         """Check everything that can be checked without the model.
 
@@ -82,9 +96,13 @@ class Order:
     def identity(self) -> dict[str, Any]:
         """The order as JSON; two orders with the same identity give the same result on the same model."""
         return {
-            "method": self.method, "parameters": {k: str(v) for k, v in self.settings.items()},
-            "budget": self.budget.to_dict() if self.budget else {}, "data": self.text.sha256 if self.text else None,
-            "samples": self.samples, "length": self.length, "seed": self.seed,
+            "method": self.method,
+            "parameters": {k: str(v) for k, v in self.settings.items()},
+            "budget": self.budget.to_dict() if self.budget else {},
+            "data": self.text.sha256 if self.text else None,
+            "samples": self.samples,
+            "length": self.length,
+            "seed": self.seed,
         }
 
     def job(self, source: ResidentModel, tokenizer: Any, sink: Any, dtype: torch.dtype, **rest: Any) -> Job:
@@ -196,8 +214,14 @@ def load(
 
 
 def evaluate(
-    model: PreTrainedModel, tokenizer: Any, text: str | Path | Text = "builtin-test", *, window: int = 512,
-    max_windows: int | None = None, bos: bool | None = None, batch: int = 4,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    text: str | Path | Text = "builtin-test",
+    *,
+    window: int = 512,
+    max_windows: int | None = None,
+    bos: bool | None = None,
+    batch: int = 4,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Perplexity under the fixed protocol of `corank.evaluate.perplexity`.
@@ -212,8 +236,14 @@ def evaluate(
     """
     source = text if isinstance(text, Text) else read_text(text)
     return perplexity(
-        model, tokenizer, source.text, window=window, max_windows=max_windows, bos="auto" if bos is None else bos,
-        batch_size=batch, progress=progress,
+        model,
+        tokenizer,
+        source.text,
+        window=window,
+        max_windows=max_windows,
+        bos="auto" if bos is None else bos,
+        batch_size=batch,
+        progress=progress,
     )
 
 
@@ -259,7 +289,12 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def _in_memory(
-    model: PreTrainedModel, tokenizer: Any, name: str, order: Order, target: Path | None, cache: str | Path | None,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    name: str,
+    order: Order,
+    target: Path | None,
+    cache: str | Path | None,
     progress: Progress,
 ) -> Report:
     source, sink = ResidentModel(model), MemorySink()
@@ -299,7 +334,12 @@ def _streamed(
         report = make_report(name, order, result, job, memory.peak_bytes)
         notes = sink.notes()
         checkpoint.finish_directory(
-            final, source.config, notes["modules"], files, fingerprint=notes["fingerprint"], **_provenance(order, result, report)
+            final,
+            source.config,
+            notes["modules"],
+            files,
+            fingerprint=notes["fingerprint"],
+            **_provenance(order, result, report),
         )
         report = _with_bytes(report, final, source.outline, source.stored_dtype)
         report.save(final / "report.json")
@@ -387,13 +427,23 @@ def make_report(name: str, order: Order, result: Result, job: Job, peak: int | N
         "break_even": _break_even(job.recipe, outline),
     }
     return Report(
-        model=name, method=order.method, corank=VERSION,
+        model=name,
+        method=order.method,
+        corank=VERSION,
         parameters={k: list(v) if isinstance(v, tuple) else v for k, v in order.settings.items()},
-        budget=order.budget.to_dict() if order.budget else {}, accounting=accounting, sites=rows, stages=dict(job.stages),
-        peak_memory_bytes=peak, seed=order.seed, data=job.data.source if job.data else {},
+        budget=order.budget.to_dict() if order.budget else {},
+        accounting=accounting,
+        sites=rows,
+        stages=dict(job.stages),
+        peak_memory_bytes=peak,
+        seed=order.seed,
+        data=job.data.source if job.data else {},
         versions={
-            "corank": VERSION, "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "dtype": torch_dtype_name(job.dtype),
+            "corank": VERSION,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "dtype": torch_dtype_name(job.dtype),
         },
         warnings=warnings,
         extra={} if result.distances is None else {"angular_distances": result.distances},

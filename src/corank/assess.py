@@ -28,13 +28,23 @@ def silent(what: str, done: int, of: int) -> None:
 
 
 def perplexities(
-    model: PreTrainedModel, tokenizer: Any, texts: Sequence[Text], windows: int | None, window: int, name: str, step: Step
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: Sequence[Text],
+    windows: int | None,
+    window: int,
+    name: str,
+    step: Step,
 ) -> dict[str, dict[str, Any]]:
     """Perplexity on each text, by the text's source."""
     found = {}
     for text in texts:
         result = evaluate(
-            model, tokenizer, text, window=window, max_windows=windows,
+            model,
+            tokenizer,
+            text,
+            window=window,
+            max_windows=windows,
             progress=lambda done, of, text=text: step(f"perplexity of {name} on {text.source}", done, of),  # type: ignore[misc]
         )
         found[text.source] = result.to_json()

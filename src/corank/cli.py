@@ -24,7 +24,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     def command(name: str, summary: str, examples: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
-            name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog="examples:\n" + examples,
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog="examples:\n" + examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -32,7 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command(
-        "compress", "compress a model into a new directory",
+        "compress",
+        "compress a model into a new directory",
         "  corank compress smollm2-135m --method svd-llm --keep 0.8 --out small\n"
         "  corank compress smollm2-135m --method svd-llm --keep 0.8 --set pack=true --out small\n"
         "  corank compress smollm2-135m --method curing --out cured           # the paper's own rank rule\n"
@@ -44,12 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
     _data(sub)
     sub.add_argument("--out", required=True, help="directory to write; it must not exist or be empty")
     sub.add_argument("--cache", help="directory for statistics, shared by runs on the same model and data")
-    sub.add_argument("--recipe", metavar="FILE", help="YAML with any of: model, method, set, keep, data, ... ; flags win")
+    sub.add_argument(
+        "--recipe", metavar="FILE", help="YAML with any of: model, method, set, keep, data, ... ; flags win"
+    )
     _windows(sub, 16)
     sub.add_argument("--no-eval", action="store_true", help="do not measure perplexity before and after")
 
     sub = command(
-        "eval", "measure the perplexity of a model, dense or compressed",
+        "eval",
+        "measure the perplexity of a model, dense or compressed",
         "  corank eval small\n  corank eval small --text wiki.test.txt --windows 0       # the whole text\n"
         "  corank eval smollm2-135m --json",
     )
@@ -57,20 +64,24 @@ def build_parser() -> argparse.ArgumentParser:
     _windows(sub, 64)
 
     sub = command(
-        "compare", "compress with several methods at several budgets: one table, one Pareto plot",
+        "compare",
+        "compress with several methods at several budgets: one table, one Pareto plot",
         "  corank compare smollm2-135m --methods svd,svd-llm,curing,col-id --keep 0.9 0.8 --out comparison",
     )
     sub.add_argument("model", help=MODEL)
     sub.add_argument("--methods", required=True, help="names, separated by commas")
     sub.add_argument("--keep", nargs="+", required=True, help="one or more budgets")
-    sub.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting for every method that has it")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting for every method that has it"
+    )
     sub.add_argument("--out", required=True, help="directory for results; an interrupted comparison continues there")
     sub.add_argument("--save-models", action="store_true", help="keep the compressed models as well")
     _data(sub)
     _windows(sub, 16)
 
     sub = command(
-        "inspect", "show what a model consists of and what a plan would do, before doing it",
+        "inspect",
+        "show what a model consists of and what a plan would do, before doing it",
         "  corank inspect smollm2-135m\n  corank inspect smollm2-135m --spectra\n"
         "  corank inspect smollm2-135m --method svd-llm --keep 0.8 --set allocate=lagrange",
     )
@@ -80,7 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
     _budget(sub)
     _data(sub)
 
-    sub = command("plot", "draw the plots of one or several reports", "  corank plot small --out plots\n  corank plot comparison")
+    sub = command(
+        "plot", "draw the plots of one or several reports", "  corank plot small --out plots\n  corank plot comparison"
+    )
     sub.add_argument("reports", nargs="+", help="directories that hold a report.json, or such files")
     sub.add_argument("--out", help="directory for the pictures (default: the report's own)")
     sub.add_argument("--format", default="png", choices=("png", "svg", "pdf"))
@@ -94,7 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--chat", action="store_true", help="apply the chat template")
 
     sub = command(
-        "bench", "time prefill and decoding, interleaved, against a baseline",
+        "bench",
+        "time prefill and decoding, interleaved, against a baseline",
         "  corank bench small --baseline smollm2-135m --batch 1,8",
     )
     sub.add_argument("models", nargs="+", help="directories, dense or compressed")
@@ -104,21 +118,29 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--new-tokens", type=int, default=32)
     sub.add_argument("--repeats", type=int, default=5)
 
-    sub = command("methods", "list the methods, or show one", "  corank methods\n  corank methods 'svd*'\n  corank methods curing")
+    sub = command(
+        "methods", "list the methods, or show one", "  corank methods\n  corank methods 'svd*'\n  corank methods curing"
+    )
     sub.add_argument("pattern", nargs="?", default="*", help="a name, or a glob")
 
     sub = command("verify", "check that a directory is what was saved", "  corank verify small")
     sub.add_argument("model", help="a directory")
 
     sub = command(
-        "dequantize", "turn a compressed model back into a plain dense one", "  corank dequantize small --out dense",
+        "dequantize",
+        "turn a compressed model back into a plain dense one",
+        "  corank dequantize small --out dense",
     )
     sub.add_argument("model", help="a compressed directory")
     sub.add_argument("--out", required=True, help="directory to write")
 
-    sub = command("demo", "compress a real 135M-parameter language model and look at the result", "  corank demo --out demo")
+    sub = command(
+        "demo", "compress a real 135M-parameter language model and look at the result", "  corank demo --out demo"
+    )
     sub.add_argument("--out", default="runs/demo", help="directory for results (default: %(default)s)")
-    sub.add_argument("--keep", default="0.8", help="fraction of the decoder's parameters to keep (default: %(default)s)")
+    sub.add_argument(
+        "--keep", default="0.8", help="fraction of the decoder's parameters to keep (default: %(default)s)"
+    )
     return parser
 
 
@@ -126,7 +148,10 @@ def _method(sub: argparse.ArgumentParser, default: str | None = "svd-llm") -> No
     group = sub.add_argument_group("method")
     group.add_argument("--method", default=None, help=f"see `corank methods` (default: {default})")
     group.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE",
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
         help="a parameter of the method, or one that all share: allocate=uniform|lagrange, pack=true, target=dense|shifted|"
         "anchored, refit=true, affine=true, floor=0.3, multiple_of=16, currency=relative|energy; may be repeated",
     )
@@ -140,13 +165,22 @@ def _budget(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--remove", help="fraction of parameters removed, e.g. 0.2")
     group.add_argument("--params", help="number of parameters, e.g. 5.4e9 or 90M")
     group.add_argument("--bytes", help="size, e.g. 10GiB")
-    group.add_argument("--scope", default=None, choices=("sites", "model"), help="what the budget counts: the selected matrices, or the whole model\n(default: sites for a fraction, model for a size)")
+    group.add_argument(
+        "--scope",
+        default=None,
+        choices=("sites", "model"),
+        help="what the budget counts: the selected matrices, or the whole model\n(default: sites for a fraction, model for a size)",
+    )
 
 
 def _data(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("calibration")
-    group.add_argument("--data", default=None, help="text: a .txt or .jsonl file (.gz too), datasets:NAME[:CONFIG[:SPLIT]], "
-                       "or the built-in one, which needs no download (default: builtin)")
+    group.add_argument(
+        "--data",
+        default=None,
+        help="text: a .txt or .jsonl file (.gz too), datasets:NAME[:CONFIG[:SPLIT]], "
+        "or the built-in one, which needs no download (default: builtin)",
+    )
     group.add_argument("--samples", type=int, default=None, help="windows (default: 64)")
     group.add_argument("--length", type=int, default=None, help="tokens in a window (default: 512)")
     group.add_argument("--seed", type=int, default=None, help="of everything random (default: 0)")
@@ -158,10 +192,14 @@ def _data(sub: argparse.ArgumentParser) -> None:
 def _windows(sub: argparse.ArgumentParser, default: int) -> None:
     group = sub.add_argument_group("evaluation")
     group.add_argument(
-        "--text", action="append", default=None,
+        "--text",
+        action="append",
+        default=None,
         help="text to evaluate on; may be repeated (default: builtin-test and, outside its domain, builtin-code)",
     )
-    group.add_argument("--windows", type=int, default=default, help="windows per text, 0 for all (default: %(default)s)")
+    group.add_argument(
+        "--windows", type=int, default=default, help="windows per text, 0 for all (default: %(default)s)"
+    )
     group.add_argument("--window", type=int, default=512, help="tokens in a window (default: %(default)s)")
 
 

@@ -16,7 +16,8 @@ from rich.table import Table
 
 import corank
 from corank import checkpoint, recipe
-from corank.api import check_target, compress as compress_model, load
+from corank.api import check_target, load
+from corank.api import compress as compress_model
 from corank.assess import assess, perplexities, write_documents
 from corank.comparison import compare_methods
 from corank.errors import CorankError
@@ -104,7 +105,14 @@ def read_texts(names: Sequence[str] | None) -> list[Text]:
 def compress(args: Namespace) -> int:
     """``corank compress``."""
     file = recipe.from_yaml(args.recipe) if args.recipe else {}
-    run: dict[str, Any] = {"method": "svd-llm", "data": "builtin", "samples": 64, "length": 512, "seed": 0, "scope": None}
+    run: dict[str, Any] = {
+        "method": "svd-llm",
+        "data": "builtin",
+        "samples": 64,
+        "length": 512,
+        "seed": 0,
+        "scope": None,
+    }
     run |= {k: v for k, v in file.items() if k != "set"}
     flags = {k: getattr(args, k) for k in ("model", "method", "data", "samples", "length", "seed", "scope")}
     run |= {k: v for k, v in flags.items() if v is not None}
@@ -112,7 +120,7 @@ def compress(args: Namespace) -> int:
     budget = budget or {k: run[k] for k in ("keep", "remove", "params", "bytes") if k in run}
     settings = {**(file.get("set") or {}), **parse_settings(args.set, args)}
     if not run.get("model"):
-        raise CorankError("Name the model to compress: " "corank compress MODEL --keep 0.8 --out DIR.")
+        raise CorankError("Name the model to compress: corank compress MODEL --keep 0.8 --out DIR.")
     entry = recipe.get(run["method"])
     entry.recipe(**settings)  # bad settings are told before anything is loaded
     out = check_target(args.out)
@@ -120,12 +128,26 @@ def compress(args: Namespace) -> int:
     watch = Watch(run["method"], layers_of(run["model"]), args.quiet)
     try:
         report = compress_model(
-            run["model"], run["method"], **budget, scope=run["scope"], out=out, data=run["data"], samples=run["samples"],
-            length=run["length"], seed=run["seed"], batch=args.batch, device=args.device, dtype=args.dtype, cache=args.cache,
-            progress=watch, **settings,
+            run["model"],
+            run["method"],
+            **budget,
+            scope=run["scope"],
+            out=out,
+            data=run["data"],
+            samples=run["samples"],
+            length=run["length"],
+            seed=run["seed"],
+            batch=args.batch,
+            device=args.device,
+            dtype=args.dtype,
+            cache=args.cache,
+            progress=watch,
+            **settings,
         )
         if texts:
-            report = assess(report, run["model"], out, texts, windows=args.windows or None, window=args.window, step=watch.step)
+            report = assess(
+                report, run["model"], out, texts, windows=args.windows or None, window=args.window, step=watch.step
+            )
     finally:
         watch.close()
     write_documents(report, out)
@@ -155,8 +177,14 @@ def eval(args: Namespace) -> int:
     for name, row in found.items():
         spread = row["value"] * row["stderr"]
         value = f"{numbers.number(row['value'])} ± {numbers.number(spread, 2)}"
-        table.add_row(name, value, f"{row['windows']} × {row['window']}", str(row["tokens"]), "yes" if row["bos"] else "no",
-                      f"{row['seconds']:.1f}")
+        table.add_row(
+            name,
+            value,
+            f"{row['windows']} × {row['window']}",
+            str(row["tokens"]),
+            "yes" if row["bos"] else "no",
+            f"{row['seconds']:.1f}",
+        )
     console().print(table)
     return 0
 
@@ -168,10 +196,23 @@ def compare(args: Namespace) -> int:
     watch = Watch("compare", layers_of(args.model), args.quiet)
     try:
         reports, failed = compare_methods(
-            args.model, names, args.keep, Path(args.out), texts=read_texts(args.text), windows=args.windows or None,
-            window=args.window, settings=settings, data=args.data or "builtin", samples=args.samples or 64,
-            length=args.length or 512, seed=args.seed or 0, batch=args.batch, device=args.device, dtype=args.dtype,
-            save_models=args.save_models, watch=watch,
+            args.model,
+            names,
+            args.keep,
+            Path(args.out),
+            texts=read_texts(args.text),
+            windows=args.windows or None,
+            window=args.window,
+            settings=settings,
+            data=args.data or "builtin",
+            samples=args.samples or 64,
+            length=args.length or 512,
+            seed=args.seed or 0,
+            batch=args.batch,
+            device=args.device,
+            dtype=args.dtype,
+            save_models=args.save_models,
+            watch=watch,
         )
     finally:
         watch.close()
@@ -182,7 +223,9 @@ def compare(args: Namespace) -> int:
             console().print(comparison_table(reports))
         for cell, reason in failed.items():
             print(f"{cell}: {reason}")
-        print(f"The table with plots: {Path(args.out) / 'comparison.html'}; the Pareto front: {Path(args.out) / 'pareto.png'}")
+        print(
+            f"The table with plots: {Path(args.out) / 'comparison.html'}; the Pareto front: {Path(args.out) / 'pareto.png'}"
+        )
     return 0 if reports else 2
 
 
@@ -198,9 +241,19 @@ def inspect(args: Namespace) -> int:
         shown["spectra"] = spectra(path, watch)
     if args.method:
         shown["plan"] = plan_for(
-            path, args.method, {k: getattr(args, k) for k in ("keep", "remove", "params", "bytes")}, args.scope,
-            parse_settings(args.set, args), data=args.data or "builtin", samples=args.samples or 64, length=args.length or 512,
-            seed=args.seed or 0, batch=args.batch, device=args.device, dtype=args.dtype, watch=watch,
+            path,
+            args.method,
+            {k: getattr(args, k) for k in ("keep", "remove", "params", "bytes")},
+            args.scope,
+            parse_settings(args.set, args),
+            data=args.data or "builtin",
+            samples=args.samples or 64,
+            length=args.length or 512,
+            seed=args.seed or 0,
+            batch=args.batch,
+            device=args.device,
+            dtype=args.dtype,
+            watch=watch,
         )
     watch.close()
     if args.json:
@@ -212,16 +265,30 @@ def inspect(args: Namespace) -> int:
 
 def _print_inspection(shown: dict[str, Any]) -> None:
     out = console()
-    table = Table(title=f"{shown['model']}: {shown['architecture']}, {shown['layers']} layers, "
-                        f"{numbers.count(shown['parameters'])} parameters", title_justify="left")
+    table = Table(
+        title=f"{shown['model']}: {shown['architecture']}, {shown['layers']} layers, "
+        f"{numbers.count(shown['parameters'])} parameters",
+        title_justify="left",
+    )
     for head in ("Role", "Sites", "Shape", "Reads the input of", "Bias", "Parameters", "Share", "Kind"):
         table.add_column(head, justify="right" if head in ("Sites", "Parameters", "Share") else "left")
     for row in shown["roles"]:
-        table.add_row(row["role"], str(row["sites"]), row["shape"], row["group"], "yes" if row["bias"] else "no",
-                      numbers.count(row["params"]), numbers.percent(row["params"] / shown["parameters"]), row["kind"])
+        table.add_row(
+            row["role"],
+            str(row["sites"]),
+            row["shape"],
+            row["group"],
+            "yes" if row["bias"] else "no",
+            numbers.count(row["params"]),
+            numbers.percent(row["params"] / shown["parameters"]),
+            row["kind"],
+        )
     out.print(table)
     if "spectra" in shown:
-        table = Table(title="Spectra of the weights: share of the full rank that holds this share of the energy", title_justify="left")
+        table = Table(
+            title="Spectra of the weights: share of the full rank that holds this share of the energy",
+            title_justify="left",
+        )
         for head in ("Role", "50%", "80%", "90%", "95%", "99%"):
             table.add_column(head, justify="left" if head == "Role" else "right")
         for row in shown["spectra"]:
@@ -229,13 +296,18 @@ def _print_inspection(shown: dict[str, Any]) -> None:
         out.print(table)
     if "plan" in shown:
         plan = shown["plan"]
-        table = Table(title=f"The plan: {plan['cost']:,} of {plan['dense']:,} parameters over the sites "
-                            f"({plan['cost'] / plan['dense']:.1%}), by {plan['allocator']}", title_justify="left")
+        table = Table(
+            title=f"The plan: {plan['cost']:,} of {plan['dense']:,} parameters over the sites "
+            f"({plan['cost'] / plan['dense']:.1%}), by {plan['allocator']}",
+            title_justify="left",
+        )
         for head in ("Role", "Sites", "Stay dense", "Ranks", "Parameters kept", "Predicted relative loss"):
             table.add_column(head, justify="left" if head == "Role" else "right")
         for row in plan["roles"]:
             loss = "–" if row["loss"] is None else numbers.number(row["loss"], 3)
-            table.add_row(row["role"], str(row["sites"]), str(row["dense"]), row["ranks"], numbers.percent(row["kept"]), loss)
+            table.add_row(
+                row["role"], str(row["sites"]), str(row["dense"]), row["ranks"], numbers.percent(row["kept"]), loss
+            )
         out.print(table)
         print("Nothing has been written.")
 
@@ -274,7 +346,13 @@ def generate(args: Namespace) -> int:
     """``corank generate``."""
     model, tokenizer = load(args.model)
     result = sample(
-        model, tokenizer, args.prompt, max_new_tokens=args.tokens, seed=args.seed, temperature=args.temperature, chat=args.chat
+        model,
+        tokenizer,
+        args.prompt,
+        max_new_tokens=args.tokens,
+        seed=args.seed,
+        temperature=args.temperature,
+        chat=args.chat,
     )
     emit(result.to_json()) if args.json else print(result.completion if args.chat else args.prompt + result.completion)
     return 0
@@ -302,11 +380,18 @@ def methods(args: Namespace) -> int:
     """``corank methods``."""
     found = recipe.methods(args.pattern)
     if not found:
-        raise CorankError(f"No method matches {args.pattern!r}; `corank methods` lists them.") if any(
-            c in args.pattern for c in "*?["
-        ) else _unknown_method(args.pattern)
+        raise (
+            CorankError(f"No method matches {args.pattern!r}; `corank methods` lists them.")
+            if any(c in args.pattern for c in "*?[")
+            else _unknown_method(args.pattern)
+        )
     if args.json:
-        emit([{"name": m.name, "family": m.family, "cite": m.cite, "summary": m.summary, "parameters": m.parameters} for m in found])
+        emit(
+            [
+                {"name": m.name, "family": m.family, "cite": m.cite, "summary": m.summary, "parameters": m.parameters}
+                for m in found
+            ]
+        )
     elif len(found) == 1 and args.pattern == found[0].name:
         method = found[0]
         print(f"{method.name}  ({method.family}, {method.cite})\n\n{method.doc}\n\nParameters, with --set NAME=VALUE:")
@@ -357,6 +442,9 @@ def demo(args: Namespace) -> int:
 
     start = time.perf_counter()
     run_demo(Path(args.out), str(args.keep), args.quiet, console())
-    print(f"All of it took {numbers.duration(time.perf_counter() - start)} on {torch.get_num_threads()} threads, with corank "
-          f"{corank.__version__}.", file=sys.stderr)
+    print(
+        f"All of it took {numbers.duration(time.perf_counter() - start)} on {torch.get_num_threads()} threads, with corank "
+        f"{corank.__version__}.",
+        file=sys.stderr,
+    )
     return 0

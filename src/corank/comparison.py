@@ -59,8 +59,14 @@ def compare_methods(
     budgets = [{"keep": Budget.parse(keep=k).keep} for k in keep]
     calibration_text = read_text(data)
     options = {
-        "data": calibration_text.sha256[:16], "samples": samples, "length": length, "seed": seed, "windows": windows,
-        "window": window, "texts": [t.sha256[:16] for t in texts], "set": {k: str(v) for k, v in settings.items()},
+        "data": calibration_text.sha256[:16],
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+        "windows": windows,
+        "window": window,
+        "texts": [t.sha256[:16] for t in texts],
+        "set": {k: str(v) for k, v in settings.items()},
     }
     claim(out, {"model": model, **{k: v for k, v in options.items() if k != "set"}})
     step: Callable[[str, int, int], None] = watch.step if watch is not None else (lambda what, done, of: None)
@@ -73,8 +79,20 @@ def compare_methods(
             watch.close()
             watch.name = f"{cell.method} {cell.budget['keep']:g}"
         report = compress(
-            model, cell.method, **cell.budget, out=target, data=calibration_text, samples=samples, length=length, seed=seed,
-            batch=batch, device=device, dtype=dtype, cache=out / "statistics", progress=watch, **chosen[cell.method],
+            model,
+            cell.method,
+            **cell.budget,
+            out=target,
+            data=calibration_text,
+            samples=samples,
+            length=length,
+            seed=seed,
+            batch=batch,
+            device=device,
+            dtype=dtype,
+            cache=out / "statistics",
+            progress=watch,
+            **chosen[cell.method],
         )
         report = assess(report, model, target, texts, windows=windows, window=window, known=before, step=step)
         if save_models:
@@ -121,7 +139,12 @@ def claim(out: Path, identity: dict[str, Any]) -> None:
 
 
 def _dense(
-    model: str, out: Path, texts: Sequence[Text], windows: int | None, window: int, step: Callable[[str, int, int], None]
+    model: str,
+    out: Path,
+    texts: Sequence[Text],
+    windows: int | None,
+    window: int,
+    step: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
     file = out / "dense.json"
     if not file.is_file():

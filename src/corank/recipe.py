@@ -115,8 +115,10 @@ class Recipe:
         if self.affine and "gram" not in self.statistics:
             raise CorankError("affine=true needs a method that measures the Gram matrix, such as svd-llm.")
         if self.refit and self.factorize.kind != "low_rank":
-            raise CorankError("refit=true needs a method that yields two free factors, such as svd-llm; selected "
-                              "columns and rows cannot be refitted.")
+            raise CorankError(
+                "refit=true needs a method that yields two free factors, such as svd-llm; selected "
+                "columns and rows cannot be refitted."
+            )
 
     @property
     def kind(self) -> str:
@@ -133,7 +135,8 @@ class Recipe:
 COMMON: dict[str, Any] = {
     f.name: f.default
     for f in dataclasses.fields(Recipe)
-    if f.name in ("allocate", "currency", "target", "refit", "affine", "pack", "targets", "ignore", "floor", "multiple_of")
+    if f.name
+    in ("allocate", "currency", "target", "refit", "affine", "pack", "targets", "ignore", "floor", "multiple_of")
 }
 
 

@@ -177,8 +177,7 @@ def test_lagrange_is_the_knapsack_optimum_on_convex_curves_with_equal_steps(gain
 def test_lagrange_is_monotone_in_the_budget_on_convex_curves(gains):
     curves = [convex_curve(f"s{i}", g, step) for i, (step, g) in enumerate(gains)]
     losses = [
-        total_loss(curves, lagrange(curves, limit))
-        for limit in range(sum(curve.dense_cost for curve in curves) + 1)
+        total_loss(curves, lagrange(curves, limit)) for limit in range(sum(curve.dense_cost for curve in curves) + 1)
     ]
     assert losses[-1] == 0
     assert all(later <= earlier + 1e-9 for earlier, later in zip(losses[:-1], losses[1:], strict=True))
@@ -199,9 +198,7 @@ def test_identical_curves_get_equal_ranks_within_one_step(energy, multiple_of, k
     spectrum = np.ones(64) if energy == "flat" else np.arange(1, 65) ** -0.3
     # Only the ranks below break-even, so that dense (on the hull of slow decays) does not break the symmetry.
     whole = [spectrum_curve(f"s{i}", (64, 64), low_rank, spectrum) for i in range(6)]
-    curves = [
-        Curve(c.site, c.shape, c.ranks[:31], c.loss[:31] - c.loss[31], c.cost[:31], c.cost[31]) for c in whole
-    ]
+    curves = [Curve(c.site, c.shape, c.ranks[:31], c.loss[:31] - c.loss[31], c.cost[:31], c.cost[31]) for c in whole]
     dense = sum(curve.dense_cost for curve in curves)
     ranks = lagrange(curves, int(keep * dense), multiple_of=multiple_of)
     assert None not in ranks.values()
@@ -270,9 +267,7 @@ def test_one_site_gets_the_largest_rank_that_fits():
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    problem=problems(max_side=12), floor=st.sampled_from([0.25, 0.3, 0.5, 1.0]), multiple_of=st.integers(1, 3)
-)
+@given(problem=problems(max_side=12), floor=st.sampled_from([0.25, 0.3, 0.5, 1.0]), multiple_of=st.integers(1, 3))
 def test_floor_is_a_fraction_of_the_uniform_rank(problem, floor, multiple_of):
     curves, limit = problem
     even = uniform(curves, limit, multiple_of=multiple_of)

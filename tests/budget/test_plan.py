@@ -27,9 +27,7 @@ def plan(**options):
 
 
 def test_plan_adds_up():
-    made = Plan.from_ranks(
-        CURVES, {"a": 2, "b": 0, "c": None}, kind="low_rank", allocator="by hand", limit=70
-    )
+    made = Plan.from_ranks(CURVES, {"a": 2, "b": 0, "c": None}, kind="low_rank", allocator="by hand", limit=70)
     assert made.choices == {"a": Choice("low_rank", 2), "b": Choice("low_rank", 0), "c": Choice("dense", 6)}
     assert made.cost == 2 * 14 + 0 + 36
     assert made.predicted_loss == 10 + 21 + 0
@@ -65,9 +63,7 @@ def test_what_is_not_a_plan_is_refused(text):
         Plan.from_json(text)
 
 
-@pytest.mark.parametrize(
-    "choice", [{"kind": "low_rank"}, {"kind": "low_rank", "rank": "x"}, {"kind": "d", "rank": -1}]
-)
+@pytest.mark.parametrize("choice", [{"kind": "low_rank"}, {"kind": "low_rank", "rank": "x"}, {"kind": "d", "rank": -1}])
 def test_malformed_choices_are_refused(choice):
     data = plan().to_dict()
     data["choices"]["a"] = choice

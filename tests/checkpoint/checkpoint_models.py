@@ -27,9 +27,7 @@ from corank.factors import (
     weight_of,
 )
 
-SIZES = dict(
-    vocab_size=64, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
-)
+SIZES = dict(vocab_size=64, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
 MLP = dict(intermediate_size=37)
 GQA = dict(num_key_value_heads=2)
 
@@ -40,9 +38,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**SIZES, **MLP, **GQA)),
     "gemma": lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**SIZES, **MLP, num_key_value_heads=1, head_dim=8)),
     "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**SIZES, **MLP, **GQA, pad_token_id=0)),
-    "gpt2": lambda: tf.GPT2LMHeadModel(
-        tf.GPT2Config(vocab_size=64, n_embd=24, n_layer=2, n_head=4, n_positions=64)
-    ),
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=64, n_embd=24, n_layer=2, n_head=4, n_positions=64)),
     "opt": lambda: tf.OPTForCausalLM(
         tf.OPTConfig(**SIZES, ffn_dim=37, word_embed_proj_dim=24, pad_token_id=0, do_layer_norm_before=True)
     ),
@@ -51,9 +47,7 @@ MODELS: dict[str, Callable[[], Any]] = {
         tf.MixtralConfig(**SIZES, **GQA, intermediate_size=40, num_local_experts=3)
     ),
     "t5": lambda: tf.T5ForConditionalGeneration(
-        tf.T5Config(
-            vocab_size=64, d_model=24, d_kv=6, num_heads=4, d_ff=37, num_layers=2, decoder_start_token_id=0
-        )
+        tf.T5Config(vocab_size=64, d_model=24, d_kv=6, num_heads=4, d_ff=37, num_layers=2, decoder_start_token_id=0)
     ),
     "vit": lambda: tf.ViTForImageClassification(
         tf.ViTConfig(
@@ -76,9 +70,7 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return model.to(dtype)
 
 
-def sites(
-    model: nn.Module, skip: tuple[str, ...] = ("lm_head", "cls", "router", "classifier")
-) -> dict[str, nn.Module]:
+def sites(model: nn.Module, skip: tuple[str, ...] = ("lm_head", "cls", "router", "classifier")) -> dict[str, nn.Module]:
     """Name -> every dense linear layer but the heads."""
     done = tuple(f"{name}." for name, layer in model.named_modules() if isinstance(layer, FactorizedLinear))
     return {
@@ -110,9 +102,7 @@ def factors_of(kind: str, W: Tensor, k: int) -> Factors:
     return result.astype(W.dtype)
 
 
-def compress(
-    model: Any, kinds: tuple[str, ...] = ("low_rank", "cur", "row_pivoted", "column_pivoted")
-) -> Any:
+def compress(model: Any, kinds: tuple[str, ...] = ("low_rank", "cur", "row_pivoted", "column_pivoted")) -> Any:
     """Leave every fourth site dense; give the others the kinds in turn, at rank 0, full and in between."""
     torch.manual_seed(1)
     turn, ranks = itertools.cycle(kinds), itertools.cycle([5, 3, 0, None, 7])

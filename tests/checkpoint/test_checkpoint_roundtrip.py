@@ -132,8 +132,7 @@ def test_dtypes_devices_and_casts(tmp_path):
 def test_disk_offload_computes_the_same(tmp_path):
     model = compress(make("llama"))
     assert any(
-        "pivoted" in spec["kind"] and spec["rank"]
-        for spec in checkpoint.collect(model.model.layers[1]).values()
+        "pivoted" in spec["kind"] and spec["rank"] for spec in checkpoint.collect(model.model.layers[1]).values()
     )
     expected = outputs(model)
     checkpoint.save(model, None, tmp_path / "out")
@@ -197,9 +196,7 @@ def test_a_dense_model_is_written_as_a_dense_checkpoint(tmp_path):
 
 def test_metadata_is_kept_through_load_and_save(tmp_path):
     model = compress(make("llama"))
-    checkpoint.save(
-        model, None, tmp_path / "one", recipe={"name": "svd"}, plan={"x": [1]}, provenance={"seed": 0}
-    )
+    checkpoint.save(model, None, tmp_path / "one", recipe={"name": "svd"}, plan={"x": [1]}, provenance={"seed": 0})
     loaded, _ = checkpoint.load(tmp_path / "one", tokenizer=False)
     checkpoint.save(loaded, None, tmp_path / "two", provenance={"seed": 1})
     section = json.loads((tmp_path / "two" / "config.json").read_text())["quantization_config"]

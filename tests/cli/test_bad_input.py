@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import saved, text
 
 import corank
 from corank.cli import main
+from tiny import saved, text
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,21 @@ def refused(dense, words, tmp_path, capsys):
         out = out or tmp_path / "out"
         before = sorted(p.name for p in tmp_path.iterdir())
         code = main(
-            ["compress", str(model), "--out", str(out), "--data", str(words), "--samples", "4", "--length", "16",
-             "--no-eval", "--quiet", *arguments]
+            [
+                "compress",
+                str(model),
+                "--out",
+                str(out),
+                "--data",
+                str(words),
+                "--samples",
+                "4",
+                "--length",
+                "16",
+                "--no-eval",
+                "--quiet",
+                *arguments,
+            ]
         )
         said = capsys.readouterr()
         assert code == 2

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import MODELS, tiny
 
 from corank.errors import CorankError
 from corank.factors import is_conv1d, weight_of
 from corank.model import ResidentModel, outline, select_sites
+from tiny import MODELS, tiny
 
 EXPECTED = {
     "llama-gqa": [["q", "k", "v"], ["o"], ["gate", "up"], ["down"]],

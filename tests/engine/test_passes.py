@@ -12,13 +12,13 @@ import time
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import saved, text, tiny, tokenizer
 
 import corank
 from corank.engine.stream import Stream
 from corank.factors import weight_of
 from corank.linalg import refit_output
 from corank.model import Calibration, ResidentModel, Text, calibration
+from tiny import saved, text, tiny, tokenizer
 
 TEXT = Text(text(), "words")
 DATA = dict(data=TEXT, samples=6, length=16, batch=4)
@@ -113,7 +113,11 @@ def test_anchored_layers_approach_the_dense_outputs_better_than_one_shot():
         names = [n for n, m in model.named_modules() if hasattr(m, "dense_weight")]
         seen, wanted = captured_inputs(model, names, data), captured_inputs(dense, names, data)
         errors[target] = sum(
-            float((seen[n] @ model.get_submodule(n).dense_weight().T - wanted[n] @ weight_of(dense.get_submodule(n)).T).square().sum())
+            float(
+                (seen[n] @ model.get_submodule(n).dense_weight().T - wanted[n] @ weight_of(dense.get_submodule(n)).T)
+                .square()
+                .sum()
+            )
             / float((wanted[n] @ weight_of(dense.get_submodule(n)).T).square().sum())
             for n in names
         )

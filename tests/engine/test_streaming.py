@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import MODELS, saved, tiny, windows
 
 from corank.engine.gradients import next_token_loss, sweep
 from corank.engine.stream import Stream
 from corank.errors import CorankError
 from corank.model import ResidentModel, StreamedModel
 from corank.statistics import InputGram
+from tiny import MODELS, saved, tiny, windows
 
 
 def stream_logits(source, ids, mask=None):
@@ -103,7 +103,9 @@ def test_the_gradient_sweep_is_back_propagation(name, rounds, monkeypatch):
             expected[site.name] += gradient.square().sum(0) / len(data.ids)
     for site in source.outline.sites:
         # the loss is taken in float32
-        torch.testing.assert_close(found[site.name]["fisher"].result().columns, expected[site.name], rtol=1e-4, atol=1e-12)
+        torch.testing.assert_close(
+            found[site.name]["fisher"].result().columns, expected[site.name], rtol=1e-4, atol=1e-12
+        )
         assert found[site.name]["gradient"].result().R.shape == (site.shape[0], site.shape[0])
 
 

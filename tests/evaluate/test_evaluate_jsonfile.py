@@ -15,9 +15,7 @@ from corank.evaluate import jsonfile
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats() | st.text('añ∞\n"\\', max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text("ab/~ 0", max_size=3), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab/~ 0", max_size=3), inner, max_size=3),
     max_leaves=12,
 )
 
@@ -82,9 +80,7 @@ def test_a_note_about_a_place_that_is_gone_is_void():
     assert jsonfile.decode({"a": 1, "nonfinite": {"/b/c": "inf", "/a/0": "nan"}}) == {"a": 1}
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("[1]", "list, not an object"), ("{", "not JSON"), (None, "no file")]
-)
+@pytest.mark.parametrize(("text", "message"), [("[1]", "list, not an object"), ("{", "not JSON"), (None, "no file")])
 def test_bad_files(tmp_path, text, message):
     path = tmp_path / "x.json"
     if text is not None:

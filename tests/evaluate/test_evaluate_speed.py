@@ -34,9 +34,7 @@ def test_rows_hold_the_counts_and_the_fraction_of_the_bound(model):
     (row,) = speed({"dense": model}, 16, 3, (2,), 2, bound=BOUND)
     config = model.config
     rotary = 2 * (config.head_dim // 2)
-    assert row.prefill_flops_per_token * 32 == pytest.approx(
-        2 * llama_flops(config, 16, 16, 1), abs=32 * rotary
-    )
+    assert row.prefill_flops_per_token * 32 == pytest.approx(2 * llama_flops(config, 16, 16, 1), abs=32 * rotary)
     assert row.decode_flops_per_token == pytest.approx(llama_flops(config, 1, 16, 1), abs=2 * rotary)
     assert row.weight_bytes == weight_bytes(model)
     seconds = max(row.decode_flops_per_token * 2 / 1e12, row.weight_bytes / 1e11)
@@ -47,9 +45,7 @@ def test_rows_hold_the_counts_and_the_fraction_of_the_bound(model):
 
 
 def test_the_first_model_is_the_measure_of_the_others(make_model):
-    rows = speed(
-        {"dense": make_model(), "small": make_model(num_hidden_layers=1)}, 8, 2, (1, 3), 3, bound=BOUND
-    )
+    rows = speed({"dense": make_model(), "small": make_model(num_hidden_layers=1)}, 8, 2, (1, 3), 3, bound=BOUND)
     assert [(r.model, r.batch) for r in rows] == [("dense", 1), ("small", 1), ("dense", 3), ("small", 3)]
     for row in rows:
         for kind in ("prefill", "decode"):

@@ -10,9 +10,7 @@ SHAPES = [(7, 5), (5, 7), (6, 6), (1, 4), (4, 1)]
 SIZES = [(m, n, k) for m, n in SHAPES for k in sorted({0, 1, min(m, n) - 1, min(m, n)})]
 
 
-def make(
-    kind: str, m: int, n: int, k: int, dtype: torch.dtype = torch.float64
-) -> tuple[Factors, torch.Tensor]:
+def make(kind: str, m: int, n: int, k: int, dtype: torch.dtype = torch.float64) -> tuple[Factors, torch.Tensor]:
     """(factors, W)."""
     torch.manual_seed(1000 * m + 10 * n + k)
     rand = lambda *size: torch.randn(*size, dtype=dtype)  # noqa: E731

@@ -114,9 +114,7 @@ def test_weighted_link_is_stationary_and_any_step_is_worse(kind):
 def test_curing_diagonal_link_formula():
     W, d, I, J = problem("diagonal")
     C, A, D = W[:, J], W[I], d.sqrt()
-    assert torch.allclose(
-        link(C, W, A, d), torch.linalg.pinv(C) @ (W * D) @ torch.linalg.pinv(A * D), atol=1e-7
-    )
+    assert torch.allclose(link(C, W, A, d), torch.linalg.pinv(C) @ (W * D) @ torch.linalg.pinv(A * D), atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["none", "diagonal", "full"])
@@ -217,9 +215,7 @@ def test_curves_are_the_realised_losses_at_every_rank(case):
                 for name, approximation in approximations(W, I, J, metric, k).items():
                     realised = loss(W, approximation, metric)
                     total = max(float(found[name][0]), 1e-30)
-                    assert realised == pytest.approx(
-                        float(found[name][k]), rel=1e-7, abs=1e-11 * total + 1e-14 * scale
-                    )
+                    assert realised == pytest.approx(float(found[name][k]), rel=1e-7, abs=1e-11 * total + 1e-14 * scale)
 
 
 def test_order_of_the_family():
@@ -227,9 +223,7 @@ def test_order_of_the_family():
     svd, found = truncate(W, G).loss()[: R + 1], curves(W, I, J, G)
     slack = 1e-10 * float(svd[0])
     assert (svd <= found["column"] + slack).all() and (svd <= found["row"] + slack).all()
-    assert (found["column"] <= found["weighted"] + slack).all() and (
-        found["row"] <= found["weighted"] + slack
-    ).all()
+    assert (found["column"] <= found["weighted"] + slack).all() and (found["row"] <= found["weighted"] + slack).all()
     assert (found["weighted"] <= found["plain"] + slack).all()
     # The Without a metric CUR obeys the DEIM bound (Sorensen and Embree, theorem 4.1).
     basis = truncate(W)
@@ -257,9 +251,7 @@ def test_scipy_interpolative_is_reproduced():
     J = select(W, 12, "qr")
     assert J.tolist() == index[:12].tolist()
     np.testing.assert_allclose((W[:, J] @ column_id(W, J)).numpy(), theirs, atol=1e-10)
-    assert float(column_curve(W, J)[12]) == pytest.approx(
-        float(np.square(W.numpy() - theirs).sum()), rel=1e-8
-    )
+    assert float(column_curve(W, J)[12]) == pytest.approx(float(np.square(W.numpy() - theirs).sum()), rel=1e-8)
 
 
 def test_float32_is_within_a_thousandth():

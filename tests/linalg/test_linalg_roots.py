@@ -66,9 +66,7 @@ def test_every_form_of_a_metric_weighs_alike(tokens):
             assert torch.allclose(form.times(A, Z), A @ full @ A.T @ Z)
             assert form.total(A) == pytest.approx(float((A @ full @ A.T).trace()))
             single, factor = form.single()
-            assert torch.allclose(
-                single.moment(A.float()).double() * factor, form.moment(A), rtol=1e-3, atol=1e-5
-            )
+            assert torch.allclose(single.moment(A.float()).double() * factor, form.moment(A), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 200, 257])
@@ -151,9 +149,7 @@ def test_refits_are_stationary_and_improve(tokens):
     assert torch.allclose(gradient, torch.zeros(3, 20).double(), atol=1e-9)
     undamped = refit_input(B, T_cross, H, W, ridge=0.0)
     assert torch.allclose(B.T @ (B @ undamped @ H - T_cross), torch.zeros(3, 20).double(), atol=1e-8)
-    assert torch.allclose(
-        refit_output(T_cross, A, H.diagonal()), refit_output(T_cross, A, torch.diag(H.diagonal()))
-    )
+    assert torch.allclose(refit_output(T_cross, A, H.diagonal()), refit_output(T_cross, A, torch.diag(H.diagonal())))
 
 
 def test_alternating_refits_reach_the_optimum():

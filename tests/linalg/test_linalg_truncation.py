@@ -103,9 +103,7 @@ def test_routes_agree_on_the_range_of_a_singular_metric(tokens):
 
 @pytest.mark.parametrize("route", ["auto", "output", "input"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(
-    "kind", ["few tokens", "one token", "zero channels", "duplicates", "zero", "regular"]
-)
+@pytest.mark.parametrize("kind", ["few tokens", "one token", "zero channels", "duplicates", "zero", "regular"])
 def test_full_rank_is_lossless_and_orthonormal_whatever_the_statistics(shape, kind, route):
     m, n = shape
     W, X = randn(m, n, seed=5), inputs(n, 3 * n, seed=6)
@@ -128,9 +126,7 @@ def test_full_rank_is_lossless_and_orthonormal_whatever_the_statistics(shape, ki
     rank = int(torch.linalg.matrix_rank(W @ X))
     assert torch.isfinite(curve).all() and (curve[rank:] == 0).all()
     for k in range(p + 1):
-        assert loss(W, rebuilt(t, W, k), X @ X.T) == pytest.approx(
-            float(curve[k]), rel=1e-9, abs=1e-12 * t.total
-        )
+        assert loss(W, rebuilt(t, W, k), X @ X.T) == pytest.approx(float(curve[k]), rel=1e-9, abs=1e-12 * t.total)
 
 
 def test_silent_directions_are_ordered_by_what_they_keep_of_the_weight():
@@ -161,9 +157,7 @@ def test_a_shared_root_stands_for_the_metric(shape, diagonal):
     t, rooted = truncate(W, G), truncate(W, root=psd_root(G))
     assert torch.allclose(t.energy, rooted.energy, atol=1e-12 * t.total)
     for k in (3, 9, 24):
-        assert loss(W, rebuilt(t, W, k), G) == pytest.approx(
-            loss(W, rebuilt(rooted, W, k), G), abs=1e-12 * t.total
-        )
+        assert loss(W, rebuilt(t, W, k), G) == pytest.approx(loss(W, rebuilt(rooted, W, k), G), abs=1e-12 * t.total)
 
 
 def two_sided(W, G, R):
@@ -182,8 +176,7 @@ def test_two_sided_loss_is_the_discarded_energy(shape, left_tokens, tokens):
     t = truncate(W, G, R=R)
     curve, exact = t.loss(), two_sided(W, G, R)
     assert (
-        torch.allclose(curve[: len(exact)], exact, atol=1e-11 * t.total)
-        and (curve[len(exact) :].abs() < 1e-11).all()
+        torch.allclose(curve[: len(exact)], exact, atol=1e-11 * t.total) and (curve[len(exact) :].abs() < 1e-11).all()
     )
     for k in range(t.up.shape[1] + 1):
         assert loss(W, rebuilt(t, W, k), G, R) == pytest.approx(float(curve[k]), abs=1e-10 * t.total)
@@ -255,9 +248,7 @@ def test_removing_the_mean_never_hurts_and_does_nothing_without_one():
     zero_mean = X - mean[:, None] / 300**0.5
     remaining = zero_mean.sum(1) / 300**0.5
     G = zero_mean @ zero_mean.T
-    assert torch.allclose(
-        truncate(W, G - torch.outer(remaining, remaining)).loss(), truncate(W, G).loss(), atol=1e-10
-    )
+    assert torch.allclose(truncate(W, G - torch.outer(remaining, remaining)).loss(), truncate(W, G).loss(), atol=1e-10)
 
 
 def test_rank_keeps_the_leading_vectors_and_all_energies():

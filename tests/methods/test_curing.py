@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 import transformers as tf
-from tiny import text, tiny, tokenizer
 
 import corank
 from corank import recipe
@@ -17,6 +16,7 @@ from corank.linalg import select
 from corank.methods.weights.curing import break_even, least_turning
 from corank.model import Text, outline
 from corank.recipe import RankChoice
+from tiny import text, tiny, tokenizer
 
 DATA = dict(data=Text(text(), "words"), samples=6, length=16, batch=4)
 
@@ -26,8 +26,14 @@ PAPER_ORDER = (25, 26, 27, 24, 28, 23, 22, 29, 20, 21, 19, 18, 17, 30, 16, 11, 1
 
 def llama_8b():
     return tf.LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
     )
 
 
@@ -153,7 +159,9 @@ def test_v2_takes_the_smallest_rank_that_holds_the_energy():
         from corank.factorize import Measured
         from corank.statistics import Moments
 
-        return weight_of(model.get_submodule(site.name)), Measured({"moments": Moments(ones[:1].expand(site.shape[1]), ones, 1)})
+        return weight_of(model.get_submodule(site.name)), Measured(
+            {"moments": Moments(ones[:1].expand(site.shape[1]), ones, 1)}
+        )
 
     ranks = made.rule(RankChoice(sites, [0.5] * 3, None, lambda s, r: cost(made, s, r), load))
     assert ranks

@@ -21,7 +21,8 @@ def data(G, mean=None):
     mean = torch.zeros(n, dtype=torch.float64) if mean is None else mean
     rms = G.diagonal().sqrt()
     return {
-        "gram": Gram(G, mean, 100), "moments": Moments(rms, rms, 100),
+        "gram": Gram(G, mean, 100),
+        "moments": Moments(rms, rms, 100),
         "fisher": Fisher(G.diagonal().clone(), torch.ones(SHAPE[0], dtype=torch.float64), 100),
     }
 

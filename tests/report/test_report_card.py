@@ -23,9 +23,7 @@ def test_front_matter(report):
     assert "license" not in front(model_card(report))
 
 
-@pytest.mark.parametrize(
-    "model", ["/home/someone/secret/model", "./model", "C:\\secret\\model", "~/secret/x"]
-)
+@pytest.mark.parametrize("model", ["/home/someone/secret/model", "./model", "C:\\secret\\model", "~/secret/x"])
 def test_a_local_path_is_not_published(make_report, model):
     card = model_card(make_report(model=model, layers=1))
     assert "base_model" not in front(card)
@@ -64,14 +62,10 @@ def test_numbers_and_citation(report):
 
 def test_limits_are_true_of_the_report():
     plain = Report("m", "svd")
-    assert "has not been evaluated" in model_card(plain) and "speed has not been measured" in model_card(
-        plain
-    )
+    assert "has not been evaluated" in model_card(plain) and "speed has not been measured" in model_card(plain)
     lost = Report("m", "svd", evaluation={"dense": {"w": 3.0}, "compressed": {"w": math.nan}})
     assert "It has collapsed: its perplexity on w is not finite" in model_card(lost)
-    worse = Report(
-        "m", "svd", evaluation={"dense": {"w": 3.0}, "compressed": {"w": 4.5}}, speed=[{"model": "a"}]
-    )
+    worse = Report("m", "svd", evaluation={"dense": {"w": 3.0}, "compressed": {"w": 4.5}}, speed=[{"model": "a"}])
     assert "perplexity on w is 1.50× as high" in model_card(worse)
     assert "speed has not been measured" not in model_card(worse)
     better = Report("m", "svd", evaluation={"dense": {"w": 3.0}, "compressed": {"w": 2.5}})
@@ -81,9 +75,7 @@ def test_limits_are_true_of_the_report():
 def test_the_protocol_of_the_perplexity_is_stated():
     entry = {"value": 4.0, "windows": 9, "window": 512, "bos": True, "tokens": 4599, "text_sha256": "ab" * 32}
     card = model_card(Report("m", "svd", evaluation={"dense": {"w": 3.0}, "compressed": {"w": entry}}))
-    assert (
-        "- w: 9 windows of 512 positions, not overlapping, with the BOS token, 4599 predicted tokens" in card
-    )
+    assert "- w: 9 windows of 512 positions, not overlapping, with the BOS token, 4599 predicted tokens" in card
     assert "`abababababababab`" in card
 
 

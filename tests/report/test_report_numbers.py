@@ -84,6 +84,4 @@ def test_percent_and_ratio():
 
 
 def test_finite():
-    assert [numbers.finite(v) for v in (1, 0.5, math.inf, math.nan, None, True, "1")] == [True, True] + [
-        False
-    ] * 5
+    assert [numbers.finite(v) for v in (1, 0.5, math.inf, math.nan, None, True, "1")] == [True, True] + [False] * 5

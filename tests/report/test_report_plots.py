@@ -99,9 +99,7 @@ def test_pareto_has_a_line_per_method(reports):
         drawn = {line.get_label(): line for line in axes.get_lines()}
         assert list(drawn) == ["svd", "asvd", "svd-llm", "dense"]
         for method in ("svd", "asvd", "svd-llm"):
-            mine = sorted(
-                (r.kept(), r.perplexity_ratio(axes.get_title())) for r in reports if r.method == method
-            )
+            mine = sorted((r.kept(), r.perplexity_ratio(axes.get_title())) for r in reports if r.method == method)
             np.testing.assert_allclose(drawn[method].get_xydata(), mine)
         assert drawn["dense"].get_xydata().tolist() == [[1.0, 1.0]]
     assert title(figure) == "svd-llm has the lowest perplexity on wikitext2 at every budget"
@@ -136,9 +134,7 @@ def test_all_plots_can_be_laid_out_at_any_size(make_report, layers, keep, dark, 
     assert list(drawn) == ["spectra", "rank_map", "loss_by_layer"]
     for figure in drawn.values():
         figure.draw_without_rendering()
-        assert figure.get_facecolor()[:3] == pytest.approx(
-            (1, 1, 1) if not dark else (21 / 255, 25 / 255, 30 / 255)
-        )
+        assert figure.get_facecolor()[:3] == pytest.approx((1, 1, 1) if not dark else (21 / 255, 25 / 255, 30 / 255))
     assert not [w for w in recwarn if "layout" in str(w.message)]
 
 

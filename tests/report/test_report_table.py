@@ -20,9 +20,7 @@ def shown(renderable, width: int = 200) -> str:
 
 def cells(text: str, first: str) -> list[str]:
     """The cells of the line that begins with ``first``."""
-    (line,) = [
-        line.strip() for line in text.splitlines() if re.match(rf"\s*{re.escape(first)}(\s{{2,}}|$)", line)
-    ]
+    (line,) = [line.strip() for line in text.splitlines() if re.match(rf"\s*{re.escape(first)}(\s{{2,}}|$)", line)]
     return re.split(r"\s{2,}", line)
 
 

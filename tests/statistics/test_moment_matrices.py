@@ -116,9 +116,7 @@ def test_gradient_gram():
     close(result.R, ROWS.T @ ROWS / T)
     assert torch.equal(result.R, result.R.T)
     close(result.diagonal(), result.R.diagonal())
-    close(
-        result.shrink(0.3).R, 0.7 * result.R + 0.3 * result.R.trace() / 5 * torch.eye(5, dtype=torch.float64)
-    )
+    close(result.shrink(0.3).R, 0.7 * result.R + 0.3 * result.R.trace() / 5 * torch.eye(5, dtype=torch.float64))
 
 
 def test_moments_and_the_diagonal_of_the_gram():

@@ -32,9 +32,7 @@ class _Options(NamedTuple):
     loss: np.ndarray
 
 
-def uniform(
-    curves: Sequence[Curve], limit: int, *, floor: float = 0.0, multiple_of: int = 1
-) -> dict[str, int | None]:
+def uniform(curves: Sequence[Curve], limit: int, *, floor: float = 0.0, multiple_of: int = 1) -> dict[str, int | None]:
     """The same fraction f = limit / sum(dense cost) of every site: largest rank with cost <= f dense cost.
 
     Sites that have nothing so small take their smallest form, and the others share what is left. Only costs
@@ -61,9 +59,7 @@ def uniform(
     return _ranks(curves, options, even)
 
 
-def lagrange(
-    curves: Sequence[Curve], limit: int, *, floor: float = 0.0, multiple_of: int = 1
-) -> dict[str, int | None]:
+def lagrange(curves: Sequence[Curve], limit: int, *, floor: float = 0.0, multiple_of: int = 1) -> dict[str, int | None]:
     """The least total loss within the limit: greedy along convex hulls, then a fill.
 
     Every site starts at its cheapest option. All steps along the lower convex hulls of {(cost, loss)}, dense
@@ -228,8 +224,6 @@ def _fill(options: Sequence[_Options], start: Sequence[int], limit: int) -> list
     return chosen
 
 
-def _ranks(
-    curves: Sequence[Curve], options: Sequence[_Options], chosen: Sequence[int]
-) -> dict[str, int | None]:
+def _ranks(curves: Sequence[Curve], options: Sequence[_Options], chosen: Sequence[int]) -> dict[str, int | None]:
     ranks = [int(option.rank[at]) for option, at in zip(options, chosen, strict=True)]
     return {c.site: None if rank == _DENSE else rank for c, rank in zip(curves, ranks, strict=True)}

@@ -108,8 +108,7 @@ class Plan:
         """
         try:
             choices = {
-                str(site): Choice(str(choice["kind"]), int(choice["rank"]))
-                for site, choice in data["choices"].items()
+                str(site): Choice(str(choice["kind"]), int(choice["rank"])) for site, choice in data["choices"].items()
             }
             loss = data.get("predicted_loss")
             return cls(

@@ -88,9 +88,7 @@ class CorankQuantizer(HfQuantizer):
 
 def drop_fallback(config: Any) -> None:
     """Forget the `auto_map` entries of the shipped fallback, whose file `save_pretrained` does not copy."""
-    auto_map = {
-        k: v for k, v in (getattr(config, "auto_map", None) or {}).items() if FALLBACK_MODULE not in str(v)
-    }
+    auto_map = {k: v for k, v in (getattr(config, "auto_map", None) or {}).items() if FALLBACK_MODULE not in str(v)}
     if auto_map:
         config.auto_map = auto_map
     elif hasattr(config, "auto_map"):

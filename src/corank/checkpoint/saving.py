@@ -32,9 +32,7 @@ def check_target(out: str | os.PathLike[str]) -> Path:
     """
     target = Path(out)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise CorankError(
-            f"{target} already exists and is not an empty directory; choose another or remove it."
-        )
+        raise CorankError(f"{target} already exists and is not an empty directory; choose another or remove it.")
     return target
 
 
@@ -128,13 +126,9 @@ def save(
     target = check_target(out)
     partial = target.with_name(f"{target.name}.partial")
     if partial.exists() and not (partial / MARKER).exists():
-        raise CorankError(
-            f"{partial} is left from an unfinished run; resume that run or remove the directory."
-        )
+        raise CorankError(f"{partial} is left from an unfinished run; resume that run or remove the directory.")
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise CorankError(
-            "The model carries adapters; merge them first with `model = model.merge_and_unload()`."
-        )
+        raise CorankError("The model carries adapters; merge them first with `model = model.merge_and_unload()`.")
     modules = collect(model)
     if modules:
         attach(model, modules, recipe=recipe, plan=plan, provenance=provenance)
@@ -269,9 +263,7 @@ def _stored_as_named(model: Any, modules: Iterable[str], folder: Path) -> bool:
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as reader:
             stored.update(reader.keys())
-    names = {
-        f"{name}.{part}" for name in modules for part in model.get_submodule(name).state_dict(keep_vars=True)
-    }
+    names = {f"{name}.{part}" for name in modules for part in model.get_submodule(name).state_dict(keep_vars=True)}
     return names <= stored
 
 
@@ -294,9 +286,7 @@ def _refuse_to_untie(content: Mapping[str, Any], modules: Iterable[str], ties: M
     if content.get("is_encoder_decoder"):
         name = _tied(modules, ties)[0]
         kind = content.get("model_type")
-        raise CorankError(
-            f"{name} shares its weight with the embeddings, as {kind} requires; leave it dense."
-        )
+        raise CorankError(f"{name} shares its weight with the embeddings, as {kind} requires; leave it dense.")
 
 
 def _untie_config(content: dict[str, Any], modules: Iterable[str]) -> None:
@@ -318,11 +308,7 @@ def _auto_map(content: Mapping[str, Any], modules: Mapping[str, Mapping[str, Any
 
     stock = any(hasattr(transformers, name) for name in content.get("architectures") or [])
     kinds = {spec["kind"] for spec in modules.values()}
-    if (
-        not stock
-        or content.get("model_type") not in CONFIG_MAPPING
-        or not kinds <= set(modeling_corank.KINDS)
-    ):
+    if not stock or content.get("model_type") not in CONFIG_MAPPING or not kinds <= set(modeling_corank.KINDS):
         return {}
     config_class = CONFIG_MAPPING[content["model_type"]]
     autos = (name for name in dir(transformers) if name.startswith("AutoModel"))

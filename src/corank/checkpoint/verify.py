@@ -31,17 +31,13 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     root = Path(path)
     if not root.is_dir():
-        raise CorankError(
-            f"{root} is not a directory; give the folder of a model (download a hub model first)."
-        )
+        raise CorankError(f"{root} is not a directory; give the folder of a model (download a hub model first).")
     if not (root / "config.json").is_file():
         raise CorankError(f"{root} is not a model directory: it has no config.json.")
     try:
         config = json.loads((root / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CorankError(
-            f"{root / 'config.json'} is not valid JSON ({error}); write the model again."
-        ) from error
+        raise CorankError(f"{root / 'config.json'} is not valid JSON ({error}); write the model again.") from error
     if not isinstance(config, dict):
         raise CorankError(f"{root / 'config.json'} is not a JSON object; write the model again.")
     return config
@@ -122,8 +118,7 @@ def check_digests(root: Path, expected: Mapping[str, str]) -> None:
     for name, digest in expected.items():
         if actual[name] != digest:
             raise CorankError(
-                f"{root / name} is not the file that was saved (its SHA-256 differs); "
-                "download or write it again."
+                f"{root / name} is not the file that was saved (its SHA-256 differs); download or write it again."
             )
 
 
@@ -176,9 +171,7 @@ def fingerprint_of_files(files: Iterable[Path], modules: Mapping[str, Mapping[st
             with safe_open(where[key], framework="pt") as reader:
                 tensor = reader.get_tensor(key)
             if tensor.shape != expected.shape:
-                shapes = (
-                    f"{list(tensor.shape)} in {where[key].name} and {list(expected.shape)} in config.json"
-                )
+                shapes = f"{list(tensor.shape)} in {where[key].name} and {list(expected.shape)} in config.json"
                 raise CorankError(f"{key} has shape {shapes}; they do not belong together.")
             squares += norm_of([tensor]) ** 2
         norms[name] = math.sqrt(squares)
@@ -209,9 +202,7 @@ def check_fingerprint(model: nn.Module, expected: Mapping[str, float]) -> None:
         if found is None or found not in actual:
             continue
         # Written so that NaN fails.
-        if not abs(actual[found] - saved) <= tolerance(layers[found].weight.dtype) * max(
-            saved, actual[found]
-        ):
+        if not abs(actual[found] - saved) <= tolerance(layers[found].weight.dtype) * max(saved, actual[found]):
             raise CorankError(
                 f"{found}: the factors in memory (norm {actual[found]:.6g}) are not those that were saved "
                 f"(norm {saved:.6g}); the weights are damaged, incomplete, or were changed since."
@@ -233,9 +224,7 @@ def verify(target: str | os.PathLike[str] | nn.Module) -> None:
     if isinstance(target, nn.Module):
         config = getattr(getattr(target, "config", None), "quantization_config", None)
         if not isinstance(config, CorankConfig):
-            raise CorankError(
-                "This model was not compressed by corank; there is nothing to verify it against."
-            )
+            raise CorankError("This model was not compressed by corank; there is nothing to verify it against.")
         if config.fingerprint is None:
             raise CorankError("This model has no fingerprint yet; save it first.")
         check_fingerprint(target, config.fingerprint)

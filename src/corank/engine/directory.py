@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from corank.checkpoint.verify import norm_of
 from corank.engine.site import Replacement
 from corank.engine.store import write_json, write_tensors
+from corank.factors import FactorizedLinear
 from corank.model import StreamedModel
 
 SHARD_BYTES = 1 << 29
@@ -53,7 +54,7 @@ class DirectorySink:
         modules = {r.site.name: block.get_submodule(local(r.site)) for r in replacements}
         note = {
             "rows": rows,
-            "modules": {name: module.spec() for name, module in modules.items()},
+            "modules": {r.site.name: r.module.spec() for r in replacements},
             "fingerprint": {
                 name: norm_of(self._stored(t) for t in module.state_dict().values()) for name, module in modules.items()
             },
@@ -137,7 +138,7 @@ class MemorySink:
     """For a model that stays in memory: the blocks are in place already; their specs are collected."""
 
     def __init__(self) -> None:
-        self.modules: dict[str, nn.Module] = {}
+        self.modules: dict[str, FactorizedLinear] = {}
 
     def done(self, layer: int) -> list[dict[str, Any]] | None:
         """Nothing is finished beforehand."""

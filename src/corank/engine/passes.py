@@ -23,7 +23,13 @@ from torch import nn
 from corank.budget import ALLOCATORS, Curve, Plan
 from corank.engine.gradients import sweep
 from corank.engine.site import (
-    Replacement, cost, dense_row, factorize_site, generator_for, read_site, site_geometry,
+    Replacement,
+    cost,
+    dense_row,
+    factorize_site,
+    generator_for,
+    read_site,
+    site_geometry,
 )
 from corank.engine.store import Activations, StatisticsStore, Table, write_json
 from corank.engine.stream import Stream
@@ -142,6 +148,7 @@ def prepare(job: Job) -> Preparation:
     distances = None
     if job.of_gradients:
         _measure_gradients(job, store)
+    measure_first = measure_first and (recipe.target == "dense" or needs_curves or "angular" in recipe.statistics)
     if measure_first and job.of_inputs:
         _measure_inputs(job, store)
     if needs_curves:
@@ -205,13 +212,18 @@ def _curve(recipe: Recipe, site: Site, loss: np.ndarray | None = None) -> Curve:
     ranks = np.arange(p + 1)
     costs = np.array([cost(recipe, site, int(r)) for r in ranks], dtype=np.int64)
     return Curve(
-        site=site.name, shape=site.shape, ranks=ranks, loss=np.full(p + 1, np.nan) if loss is None else loss,
-        cost=costs, dense_cost=site.numel,
+        site=site.name,
+        shape=site.shape,
+        ranks=ranks,
+        loss=np.full(p + 1, np.nan) if loss is None else loss,
+        cost=costs,
+        dense_cost=site.numel,
     )
 
 
 def _new_statistics(names: set[str], site: Site) -> dict[str, Any]:
-    return {n: STATISTICS[n](site.shape[1]) for n in names if n != "angular"}
+    kinds: dict[str, Any] = dict(STATISTICS)
+    return {n: kinds[n](site.shape[1]) for n in names if n != "angular"}
 
 
 def _leaders(sites: list[Site]) -> dict[str, Site]:
@@ -229,7 +241,9 @@ def _observers(job: Job, table: Table, leaders: dict[str, Site]) -> dict[str, An
                 try:
                     statistic.update(x, mask)
                 except NonFinite as error:
-                    raise CorankError(f"The inputs of {site.name} (layer {site.layer}) are not finite: {error}") from None
+                    raise CorankError(
+                        f"The inputs of {site.name} (layer {site.layer}) are not finite: {error}"
+                    ) from None
 
         return observe
 
@@ -304,7 +318,9 @@ def _distance(store: StatisticsStore, layer: int) -> float:
     return store.load(layer, "inputs", {"angular"})[BLOCK]["angular"].result()
 
 
-def _results(job: Job, store: StatisticsStore, layer: int, inputs: Table | None) -> Callable[[Site, dict[str, Any]], Measured]:
+def _results(
+    job: Job, store: StatisticsStore, layer: int, inputs: Table | None
+) -> Callable[[Site, dict[str, Any]], Measured]:
     """A function that gives the `Measured` of a site of this layer; siblings share results and metrics."""
     names = job.of_inputs - {"angular"}
     table = inputs if inputs is not None else (store.load(layer, "inputs", names) if names else {})
@@ -352,34 +368,34 @@ def _factorize(job: Job, store: StatisticsStore, plan: Plan, measured: bool) -> 
     while first < job.layers and (done := job.sink.done(first)) is not None:
         rows += done
         first += 1
-    needs_data = job.recipe.sequential or (bool(job.of_inputs) and not measured)
+    recipe = job.recipe
+    collect = bool(job.of_inputs) and not measured and recipe.target == "dense"
     saved = Activations(job.work, "factorize")
-    dense = drifted = None
-    start = first
-    if needs_data and first < job.layers:
+    streams: dict[str, Stream] = {}
+    if first < job.layers and (collect or recipe.sequential):
         with job.stage("calibrate"):
-            dense = Stream(job.source, _data(job), job.batch)
-            drifted = dense.copy() if job.recipe.sequential else None
+            stream = Stream(job.source, _data(job), job.batch)
+            if collect or recipe.target == "anchored":
+                streams["dense"] = stream
+            if recipe.sequential:
+                streams["drifted"] = stream.copy()
             kept = saved.load(first)
-            start = kept[0] if kept else 0
-            if kept:
-                dense.hidden = kept[1][0]
-                if drifted is not None:
-                    drifted.hidden = kept[1][1]
-            if start < first:
+            if (kept[0] if kept else 0) < first:
                 raise CorankError(
                     "The interrupted run cannot be continued: its activations are missing. Delete the .partial directory "
                     "and start again."
                 )
+            if kept:
+                for each, hidden in zip(streams.values(), kept[1], strict=True):
+                    each.hidden = hidden
     for layer in range(first, job.layers):
         with job.source.block(layer) as block:
-            replacements = _factorize_block(job, store, plan, block, layer, dense, drifted, measured)
+            replacements = _factorize_block(job, store, plan, block, layer, streams, collect)
             by_name = {r.site.name: r.row for r in replacements}
             block_rows = [by_name.get(s.name) or dense_row(s) for s in job.in_layer(layer)]
-            if dense is not None:
-                with job.stage("write"):
-                    saved.save(layer + 1, [dense.hidden] + ([drifted.hidden] if drifted is not None else []))
             with job.stage("write"):
+                if streams:
+                    saved.save(layer + 1, [stream.hidden for stream in streams.values()])
                 job.sink.put(layer, block, replacements, block_rows)
         rows += block_rows
         error = max((r["loss"] for r in block_rows), default=None)
@@ -389,16 +405,21 @@ def _factorize(job: Job, store: StatisticsStore, plan: Plan, measured: bool) -> 
 
 
 def _factorize_block(
-    job: Job, store: StatisticsStore, plan: Plan, block: nn.Module, layer: int,
-    dense: Stream | None, drifted: Stream | None, measured: bool,
+    job: Job,
+    store: StatisticsStore,
+    plan: Plan,
+    block: nn.Module,
+    layer: int,
+    streams: dict[str, Stream],
+    collect: bool,
 ) -> list[Replacement]:
     sites = [s for s in job.in_layer(layer) if plan.choices[s.name].kind != "dense"]
-    if drifted is not None and dense is not None:
-        return _factorize_sequentially(job, store, plan, block, layer, sites, dense, drifted)
+    if "drifted" in streams:
+        return _factorize_sequentially(job, store, plan, block, layer, sites, streams, collect)
     table = None
-    if dense is not None:
+    if collect:
         with job.stage("calibrate"):
-            table = _measure_block(job, block, layer, dense, job.of_inputs)
+            table = _measure_block(job, block, layer, streams["dense"], job.of_inputs)
     lookup = _results(job, store, layer, table)
     replacements = []
     with job.stage("factorize"):
@@ -416,33 +437,37 @@ def _make(job: Job, plan: Plan, block: nn.Module, site: Site, measured: Measured
 
 
 def _factorize_sequentially(
-    job: Job, store: StatisticsStore, plan: Plan, block: nn.Module, layer: int, sites: list[Site], dense: Stream, drifted: Stream
+    job: Job,
+    store: StatisticsStore,
+    plan: Plan,
+    block: nn.Module,
+    layer: int,
+    sites: list[Site],
+    streams: dict[str, Stream],
+    collect: bool,
 ) -> list[Replacement]:
     """Group by group in execution order; each sees the inputs that the groups before it, compressed, produce."""
     recipe, local = job.recipe, job.source.outline.local
-    original = copy.deepcopy(block)
+    dense, drifted = streams.get("dense"), streams["drifted"]
+    original = copy.deepcopy(block) if dense is not None else block
     replacements: list[Replacement] = []
-    in_dense = recipe.target == "dense" and bool(job.of_inputs)
-    table: Table | None = None
+    table: Table | None = {} if recipe.target != "dense" else None
     with job.stage("calibrate"):
-        if in_dense:
+        if collect and dense is not None:
             table = _measure_block(job, original, layer, dense, job.of_inputs)
+        lookup = _results(job, store, layer, table)
         for group, leader in _leaders(sites).items():
             members = [s for s in sites if s.group == group]
-            cross, seen = _observe_drift(job, original, block, layer, leader, dense, drifted, moved=in_dense)
+            cross, seen = _observe_drift(job, original, block, layer, leader, dense, drifted)
             with job.stage("factorize"), _excluded(job, "calibrate"):
                 override = {} if recipe.target == "dense" else {n: s.result() for n, s in seen.items()}
-                gram = seen["gram"].result()
-                lookup = _results(job, store, layer, table if in_dense else {})
-                for site in members:
-                    r = _make(
-                        job, plan, block, site, lookup(site, override), drifted=gram if recipe.refit else None,
-                        cross=None if cross is None else cross.result(),
-                    )
-                    replacements.append(r)
-                for r in replacements[-len(members):]:
+                joint = None if cross is None else cross.result()
+                gram = seen["gram"].result() if recipe.refit else None
+                made = [_make(job, plan, block, s, lookup(s, override), drifted=gram, cross=joint) for s in members]
+                for r in made:
                     replace(block, local(r.site), r.module)
-        if not in_dense:
+                replacements += made
+        if dense is not None and not collect:
             _advance(dense, original, layer)
         _advance(drifted, block, layer)
     return replacements
@@ -457,23 +482,24 @@ def _excluded(job: Job, name: str) -> Iterator[None]:
 
 
 def _observe_drift(
-    job: Job, original: nn.Module, block: nn.Module, layer: int, leader: Site, dense: Stream, drifted: Stream, moved: bool
+    job: Job, original: nn.Module, block: nn.Module, layer: int, leader: Site, dense: Stream | None, drifted: Stream
 ) -> tuple[CrossGram | None, dict[str, Any]]:
     """Statistics of what a group sees in the compressed model, and, for an anchored target, jointly with the dense one."""
     path = job.source.outline.local(leader)
-    names = (job.of_inputs | {"gram"}) if job.recipe.target != "dense" else {"gram"}
-    seen = _new_statistics(names, leader)
+    names = job.of_inputs if job.recipe.target != "dense" else set()
+    seen = _new_statistics(names | ({"gram"} if job.recipe.refit else set()), leader)
     cross = CrossGram(leader.shape[1]) if job.recipe.target == "anchored" else None
     for i in range(len(drifted)):
         inputs: list[torch.Tensor] = []
-        if cross is not None:
-            assert not moved
-            dense.observe(original, layer, i, {path: lambda x, _mask: inputs.append(x)}, stop=True)  # noqa: B023
-        drifted.observe(block, layer, i, {path: lambda x, _mask: inputs.append(x)}, stop=True)  # noqa: B023
+
+        def note(x: torch.Tensor, _mask: torch.Tensor | None, inputs: list[torch.Tensor] = inputs) -> None:
+            inputs.append(x)
+
+        if cross is not None and dense is not None:
+            dense.observe(original, layer, i, {path: note}, stop=True)
+        drifted.observe(block, layer, i, {path: note}, stop=True)
         for statistic in seen.values():
             statistic.update(inputs[-1], drifted.mask(i))
         if cross is not None:
             cross.update(inputs[0], inputs[1], drifted.mask(i))
     return cross, seen
-
-

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from corank.errors import CorankError
 from corank.factorize import Factored, Geometry, Measured, Metric
-from corank.factors import KINDS, Factors, LowRank, packed, weight_of
+from corank.factors import KINDS, FactorizedLinear, Factors, LowRank, packed, weight_of
 from corank.linalg import refit_output, retarget
 from corank.model import Site
 from corank.recipe import Recipe
@@ -27,7 +27,7 @@ class Replacement:
     """The layer that takes a site's place, and its row in the report."""
 
     site: Site
-    module: nn.Module
+    module: FactorizedLinear
     factors: Factors
     row: dict[str, Any]
 
@@ -53,7 +53,9 @@ def read_site(block: nn.Module, site: Site, path: str) -> tuple[Tensor, Tensor |
     module = block.get_submodule(path)
     W = weight_of(module)
     if not torch.isfinite(W).all():
-        raise CorankError(f"The weight of {site.name} (layer {site.layer}) holds NaN or infinity; the checkpoint is damaged.")
+        raise CorankError(
+            f"The weight of {site.name} (layer {site.layer}) holds NaN or infinity; the checkpoint is damaged."
+        )
     bias = getattr(module, "bias", None)
     return W, None if bias is None else bias.detach()
 
@@ -88,27 +90,29 @@ def factorize_site(
         dtype: of the stored factors.
     """
     geometry = site_geometry(recipe, measured)
-    target, mean_out = W.double(), None
+    target = W if W.dtype == torch.float64 else W.float()
+    mean_out = None
     if cross is not None:  # anchored: T = W C H^+ reproduces the dense outputs from the drifted inputs
-        mean_out = target @ cross.mean
-        target = retarget(target, cross.C, cross.H)
+        mean_out = W.double() @ cross.mean
+        target = retarget(W.double(), cross.C, cross.H).to(target.dtype)
     factored = recipe.factorize.factorize(target, geometry, rank, generator_for(seed, site))
     factors: Factors = factored.factors
     if recipe.refit and drifted is not None:
         _, A = factors.pair()
-        factors = LowRank(refit_output(target @ drifted.G, A, drifted.G), A)
+        factors = LowRank(refit_output(target.double() @ drifted.G, A.double(), drifted.G), A.double())
         geometry = Geometry(Metric(drifted.G), mean=None)
     if recipe.pack and factors.kind in ("low_rank", "cur"):
         factors = packed(factors)
     factors = factors.astype(dtype)
-    W_new = factors.astype(torch.float64).dense()  # what was stored, rounding included
+    W_new = factors.astype(torch.float64).dense()  # as stored, rounding included
     new_bias = bias
     if geometry.mean is not None:
         before = mean_out if mean_out is not None else W.double() @ geometry.mean
         shift = before - W_new @ geometry.mean
         new_bias = (shift if bias is None else bias.double() + shift).to(dtype)
     row = _row(recipe, site, factors, factored, geometry, target, W_new)
-    return Replacement(site, factors.module(new_bias), factors, row)
+    module: Any = factors.module(new_bias)
+    return Replacement(site, module, factors, row)
 
 
 def _row(
@@ -123,18 +127,36 @@ def _row(
         ranks = torch.linspace(0, len(factored.curve) - 1, min(CURVE_POINTS, len(factored.curve))).round().long()
         curve = [[int(r), math.sqrt(max(float(factored.curve[r]), 0.0)) / start] for r in ranks]
     return {
-        "name": site.name, "role": site.role, "layer": site.layer, "shape": list(site.shape), "kind": factors.kind,
-        "rank": factors.rank, "max_rank": min(site.shape), "params": cost(recipe, site, factors.rank),
-        "params_dense": site.numel, "flops": factors.flops(1),
-        "loss": math.sqrt(geometry.loss(target - W_new)) / scale,
-        "predicted_loss": math.sqrt(max(factored.predicted, 0.0)) / scale, "curve": curve,
+        "name": site.name,
+        "role": site.role,
+        "layer": site.layer,
+        "shape": list(site.shape),
+        "kind": factors.kind,
+        "rank": factors.rank,
+        "max_rank": min(site.shape),
+        "params": cost(recipe, site, factors.rank),
+        "params_dense": site.numel,
+        "flops": factors.flops(1),
+        "loss": math.sqrt(geometry.loss((target - W_new).to(target.dtype))) / scale,
+        "predicted_loss": math.sqrt(max(factored.predicted, 0.0)) / scale,
+        "curve": curve,
     }
 
 
 def dense_row(site: Site) -> dict[str, Any]:
     """The report's row of a site that stays as it is."""
     return {
-        "name": site.name, "role": site.role, "layer": site.layer, "shape": list(site.shape), "kind": "dense",
-        "rank": min(site.shape), "max_rank": min(site.shape), "params": site.numel, "params_dense": site.numel,
-        "flops": 2 * site.numel, "loss": 0.0, "predicted_loss": 0.0, "curve": [],
+        "name": site.name,
+        "role": site.role,
+        "layer": site.layer,
+        "shape": list(site.shape),
+        "kind": "dense",
+        "rank": min(site.shape),
+        "max_rank": min(site.shape),
+        "params": site.numel,
+        "params_dense": site.numel,
+        "flops": 2 * site.numel,
+        "loss": 0.0,
+        "predicted_loss": 0.0,
+        "curve": [],
     }

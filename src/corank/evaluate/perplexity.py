@@ -109,9 +109,7 @@ def perplexity(
         raise CorankError(f"max_windows={max_windows} is not possible; give 1 or more, or None for all.")
     context = context_length(model)
     if context is not None and context < window:
-        raise CorankError(
-            f"window={window} is longer than the model's context; give window={context} or less."
-        )
+        raise CorankError(f"window={window} is longer than the model's context; give window={context} or less.")
     text = text if isinstance(text, str) else "\n\n".join(text)
     windows, with_bos = cut_windows(tokenizer, text, window=window, bos=bos, max_windows=max_windows)
 

@@ -238,9 +238,7 @@ def _time(case: _Case, new_tokens: int) -> tuple[float, float]:
     filled = time.perf_counter()
     for _ in range(new_tokens):
         token = output.logits[:, -1:].argmax(dim=-1)
-        output = case.model(
-            input_ids=token, past_key_values=output.past_key_values, use_cache=True, **case.last
-        )
+        output = case.model(input_ids=token, past_key_values=output.past_key_values, use_cache=True, **case.last)
     synchronize(case.device)
     done = time.perf_counter()
     return filled - started, done - filled

@@ -6,4 +6,14 @@ from corank.factorize.interpolative import ColumnID, RowID
 from corank.factorize.measured import Measured
 from corank.factorize.spectral import Spectral
 
-__all__ = ["CURDecomposition", "ColumnID", "Factored", "Factorizer", "Geometry", "Measured", "Metric", "RowID", "Spectral"]
+__all__ = [
+    "CURDecomposition",
+    "ColumnID",
+    "Factored",
+    "Factorizer",
+    "Geometry",
+    "Measured",
+    "Metric",
+    "RowID",
+    "Spectral",
+]

@@ -67,10 +67,9 @@ class Geometry:
     mean: Tensor | None = None
 
     def loss(self, E: Tensor) -> float:
-        """``|| L E S ||_F^2`` of an error E [m, n]."""
-        E = E.double()
-        RE = E if self.R is None else self.R.double() @ E
-        return max(float((RE * self.right.apply(E)).sum()), 0.0)
+        """``|| L E S ||_F^2`` of an error E [m, n], in the dtype of E."""
+        RE = E if self.R is None else self.R.to(E.dtype) @ E
+        return max(float((RE * self.right.apply(E)).sum(dtype=torch.float64)), 0.0)
 
 
 @dataclass(frozen=True, eq=False)

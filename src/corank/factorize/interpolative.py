@@ -60,7 +60,9 @@ class RowID:
 
     def _select(self, W: Tensor, geometry: Geometry, rank: int, generator: torch.Generator) -> Tensor:
         A = geometry.right.weigh(W)
-        if A.shape[1] < min(W.shape):  # fewer directions seen than rows wanted: where they are exhausted, W itself decides
+        if A.shape[1] < min(
+            W.shape
+        ):  # fewer directions seen than rows wanted: where they are exhausted, W itself decides
             scale = torch.linalg.matrix_norm(A) / torch.linalg.matrix_norm(W).clamp_min(torch.finfo(W.dtype).tiny)
             A = torch.cat([A, W * (1e-6 * scale).clamp_min(torch.finfo(W.dtype).tiny)], dim=1)
         return select(A, rank, self.selector, axis=0, generator=generator)

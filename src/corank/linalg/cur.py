@@ -130,9 +130,7 @@ def link(C: Tensor, W: Tensor, R: Tensor, G: Tensor | None = None) -> Tensor:
     matrix("W", W)
     matrix("R", R)
     if C.shape[0] != W.shape[0] or R.shape[1] != W.shape[1]:
-        raise CorankError(
-            f"C M R does not fit W {list(W.shape)}: C is {list(C.shape)}, R is {list(R.shape)}."
-        )
+        raise CorankError(f"C M R does not fit W {list(W.shape)}: C is {list(C.shape)}, R is {list(R.shape)}.")
     return _left(C, _right(W, R, G)).to(work_dtype(W))
 
 

@@ -26,15 +26,11 @@ def matrix(name: str, W: Tensor) -> Tensor:
         CorankError: not 2-D, not floating point, or not finite.
     """
     if W.ndim != 2:
-        raise CorankError(
-            f"{name} must be a 2-D matrix, got shape {list(W.shape)}; reshape it to [out, in] first."
-        )
+        raise CorankError(f"{name} must be a 2-D matrix, got shape {list(W.shape)}; reshape it to [out, in] first.")
     if not W.is_floating_point():
         raise CorankError(f"{name} must be floating point, got {W.dtype}; dequantize it first.")
     if not finite(W):
-        raise CorankError(
-            f"{name} contains NaN or infinity; check the weights or the calibration run it came from."
-        )
+        raise CorankError(f"{name} contains NaN or infinity; check the weights or the calibration run it came from.")
     return W
 
 

@@ -64,9 +64,7 @@ def pack(B: Tensor, A: Tensor) -> Packed:
     if A.shape[0] != k:
         raise CorankError(f"B A does not chain: B is {list(B.shape)}, A is {list(A.shape)}.")
     if k > m:
-        raise CorankError(
-            f"A matrix with {m} rows cannot have {k} pivot rows; reduce the rank to at most {m}."
-        )
+        raise CorankError(f"A matrix with {m} rows cannot have {k} pivot rows; reduce the rank to at most {m}.")
     B64 = B.double()
     Q = torch.linalg.qr(B64).Q
     pivots, F = maxvol(Q, lu_pivots(Q), tolerance=2.0)

@@ -138,9 +138,7 @@ class Metric:
         if root is None:
             return cls(G)
         if root.ndim not in (1, 2) or root.shape[0] != size or not finite(root):
-            raise CorankError(
-                f"root must be a finite [{size}, p] or [{size}] tensor, got {list(root.shape)}."
-            )
+            raise CorankError(f"root must be a finite [{size}, p] or [{size}] tensor, got {list(root.shape)}.")
         return cls(G, root.double())
 
     def weigh(self, A: Tensor) -> Tensor:

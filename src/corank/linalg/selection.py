@@ -110,9 +110,7 @@ def qr_pivots(A: Tensor) -> Tensor:
     return torch.from_numpy(pivots[: min(A.shape)].astype(np.int64)).to(A.device)
 
 
-def maxvol(
-    V: Tensor, start: Tensor, tolerance: float = 1.05, max_swaps: int | None = None
-) -> tuple[Tensor, Tensor]:
+def maxvol(V: Tensor, start: Tensor, tolerance: float = 1.05, max_swaps: int | None = None) -> tuple[Tensor, Tensor]:
     """Swap rows into the selection until no coefficient exceeds the tolerance.
 
     Args:

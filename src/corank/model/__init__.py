@@ -6,6 +6,16 @@ from corank.model.text import Calibration, Text, calibration, read_text
 from corank.model.zoo import ALIASES, resolve
 
 __all__ = [
-    "ALIASES", "Calibration", "Outline", "ResidentModel", "Site", "StreamedModel", "Text",
-    "calibration", "outline", "read_text", "resolve", "select_sites",
+    "ALIASES",
+    "Calibration",
+    "Outline",
+    "ResidentModel",
+    "Site",
+    "StreamedModel",
+    "Text",
+    "calibration",
+    "outline",
+    "read_text",
+    "resolve",
+    "select_sites",
 ]

@@ -91,7 +91,8 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             return getattr(transformers, name)
     mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) in mapping:
-        return mapping[type(config)]
+        found: Any = mapping[type(config)]
+        return found
     raise CorankError(
         f"The configuration names the architecture {config.architectures or config.model_type!r}, which the installed "
         f"transformers {transformers.__version__} does not have; upgrade transformers."
@@ -112,11 +113,13 @@ def find_blocks(model: nn.Module) -> str:
     best, path = 0, ""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) and (not path or not name.startswith(path + ".")):
-            size = sum(m.weight.numel() for m in module.modules() if is_matrix(m))
+            size = sum(shape_of(m)[0] * shape_of(m)[1] for m in module.modules() if is_matrix(m))
             if size > best:
                 best, path = size, name
     if not path:
-        raise CorankError(f"{type(model).__name__} has no list of blocks with linear layers; nothing to factorize here.")
+        raise CorankError(
+            f"{type(model).__name__} has no list of blocks with linear layers; nothing to factorize here."
+        )
     return path
 
 
@@ -133,6 +136,7 @@ def outline(config: PretrainedConfig, cls: type[PreTrainedModel] | None = None) 
     model.eval()
     path = find_blocks(model)
     blocks = model.get_submodule(path)
+    assert isinstance(blocks, nn.ModuleList)
     runs: list[tuple[str, Tensor]] = []  # inputs are kept alive, so that identity means "the same tensor"
     results: list[Any] = []
     handles = []
@@ -153,7 +157,9 @@ def outline(config: PretrainedConfig, cls: type[PreTrainedModel] | None = None) 
         module = model.get_submodule(name)
         sites.setdefault(
             name,
-            Site(name, role_of(inside), int(layer), shape_of(module), leader, getattr(module, "bias", None) is not None),
+            Site(
+                name, role_of(inside), int(layer), shape_of(module), leader, getattr(module, "bias", None) is not None
+            ),
         )
     return Outline(
         blocks=path,
@@ -161,7 +167,9 @@ def outline(config: PretrainedConfig, cls: type[PreTrainedModel] | None = None) 
         sites=tuple(sites.values()),
         parameters=sum(p.numel() for p in model.parameters()),
         head=sum(
-            m.weight.numel() for name, m in model.named_modules() if is_matrix(m) and not name.startswith(path + ".")
+            shape_of(m)[0] * shape_of(m)[1]
+            for name, m in model.named_modules()
+            if is_matrix(m) and not name.startswith(path + ".")
         ),
         returns_tuple=isinstance(results[0], tuple) if results else False,
     )

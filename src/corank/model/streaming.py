@@ -199,7 +199,9 @@ class StreamedModel(ResidentModel):
         blocks = self.outline.blocks + "."
         missing = [n for n, _ in self.model.named_parameters() if n.startswith(blocks) and n not in resolved]
         if missing:
-            raise NotStreamable(f"The checkpoint {self.path} stores {missing[0]} under another name; load it as a whole.")
+            raise NotStreamable(
+                f"The checkpoint {self.path} stores {missing[0]} under another name; load it as a whole."
+            )
         return resolved
 
     def read(self, name: str) -> Tensor:
@@ -208,7 +210,9 @@ class StreamedModel(ResidentModel):
         with _open(self.files[key]) as tensors:
             return tensors.get_tensor(key)
 
-    def _materialise(self, module: nn.Module, prefix: str, skip: tuple[nn.Module, ...] = ()) -> list[tuple[nn.Module, str]]:
+    def _materialise(
+        self, module: nn.Module, prefix: str, skip: tuple[nn.Module, ...] = ()
+    ) -> list[tuple[nn.Module, str]]:
         filled = []
         by_file: dict[Path, list[tuple[nn.Module, str, str]]] = {}
         for path, child in module.named_modules(prefix=prefix):

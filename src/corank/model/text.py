@@ -68,7 +68,9 @@ def read_text(source: str | Path) -> Text:
         return Text(_from_datasets(name), name)
     path = Path(source).expanduser()
     if not path.is_file():
-        raise CorankError(f"There is no text file {path}; give a .txt or .jsonl file, datasets:NAME, or {', '.join(BUILTIN)}.")
+        raise CorankError(
+            f"There is no text file {path}; give a .txt or .jsonl file, datasets:NAME, or {', '.join(BUILTIN)}."
+        )
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = raw.decode("utf-8")
@@ -114,7 +116,14 @@ def calibration(
         if tokenizer.bos_token_id is None:
             raise CorankError("The tokenizer has no BOS token to begin calibration windows with.")
         table = torch.cat([torch.full((samples, 1), tokenizer.bos_token_id), table], dim=1)
-    source = {"text": text.source, "sha256": text.sha256, "samples": samples, "length": length, "seed": seed, "bos": bos}
+    source = {
+        "text": text.source,
+        "sha256": text.sha256,
+        "samples": samples,
+        "length": length,
+        "seed": seed,
+        "bos": bos,
+    }
     return Calibration(table, None, source)
 
 

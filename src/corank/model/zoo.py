@@ -51,7 +51,9 @@ def resolve(model: str | Path) -> Path:
             raise CorankError(f"{path} is not a model directory: it has no config.json.")
         return path
     if path.exists():
-        raise CorankError(f"{path} is a file; give a model directory, a .gguf file, a hub id or one of {', '.join(ALIASES)}.")
+        raise CorankError(
+            f"{path} is a file; give a model directory, a .gguf file, a hub id or one of {', '.join(ALIASES)}."
+        )
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return _from_hub(text)
     raise unknown("model (no such directory, and not an alias)", text, ALIASES)
@@ -100,7 +102,7 @@ def convert_gguf(file: Path, target: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             # the weights are plain float32 now; transformers still believes them to be in GGUF form
-            model.hf_quantizer, model.is_quantized = None, False
+            model.__dict__.update(hf_quantizer=None, is_quantized=False)
             for leftover in ("quantization_config", "_pre_quantization_dtype"):
                 model.config.__dict__.pop(leftover, None)
             out = Path(work) / "model"

@@ -70,9 +70,7 @@ def headline(figure: Figure, text: str, theme: Theme) -> None:
 
 def side_legend(figure: Figure, axes: Axes, theme: Theme) -> None:
     """The legend, right of the axes."""
-    legend = figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=10
-    )
+    legend = figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=10)
     for text in legend.get_texts():
         text.set_color(theme.text)
 

@@ -163,9 +163,7 @@ def _limits(report: Report) -> str:
     if source:
         limits.append(f"It was calibrated on {source}; text unlike it may suffer more.")
     if not report.speed:
-        limits.append(
-            "Fewer parameters need not mean more tokens per second: its speed has not been measured."
-        )
+        limits.append("Fewer parameters need not mean more tokens per second: its speed has not been measured.")
     limits += [str(warning) for warning in report.warnings]
     return "".join(f"- {' '.join(limit.split())}\n" for limit in limits)
 

@@ -100,9 +100,7 @@ def render_html(reports: Report | Sequence[Report]) -> str:
     if len(every) == 1:
         report = every[0]
         title = f"{report.model} · {report.method}"
-        body = f"<h1>{escape(report.model)}</h1>\n<p class='sub'>{_subtitle(report)}</p>\n" + _sections(
-            report
-        )
+        body = f"<h1>{escape(report.model)}</h1>\n<p class='sub'>{_subtitle(report)}</p>\n" + _sections(report)
     else:
         title = "corank comparison"
         table = summary.comparison_table(every)
@@ -110,9 +108,7 @@ def render_html(reports: Report | Sequence[Report]) -> str:
         body += _table(table) + _pareto(every)
         for report in every:
             name = f"{summary.call(report.method, report.parameters)}, {summary.settings(report.budget)}"
-            body += (
-                f"<details><summary>{escape(name)}</summary>\n{_sections(report, drawn=False)}</details>\n"
-            )
+            body += f"<details><summary>{escape(name)}</summary>\n{_sections(report, drawn=False)}</details>\n"
     return (
         "<!doctype html>\n<html lang='en'>\n<head>\n<meta charset='utf-8'>\n"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>\n"

@@ -49,9 +49,7 @@ def spectra(report: Report, *, dark: bool = False) -> Figure:
     theme = DARK if dark else LIGHT
     sites = [site for site in report.sites if site.get("curve") and site["max_rank"]]
     if not sites:
-        raise CorankError(
-            "No site of this report has a curve; compress with a method that predicts its loss."
-        )
+        raise CorankError("No site of this report has a curve; compress with a method that predicts its loss.")
     found = [role for role in report.roles if any(str(s["role"]) == role for s in sites)]
     weight = {role: sum(s["params_dense"] for s in sites if str(s["role"]) == role) for role in found}
     largest = sorted(found, key=lambda role: -weight[role])[:_MOST_PANELS]
@@ -193,9 +191,7 @@ def pareto(reports: Sequence[Report], *, texts: Sequence[str] | None = None, dar
     theme = DARK if dark else LIGHT
     texts = list(texts) if texts is not None else _common_texts(reports)[:3]
     if not texts:
-        raise CorankError(
-            "These reports share no text with a dense and a compressed perplexity; evaluate both."
-        )
+        raise CorankError("These reports share no text with a dense and a compressed perplexity; evaluate both.")
     figure = blank_figure(max(6.5, 4.1 * len(texts) + 1.9), 4.5, theme)
     row = figure.subplots(1, len(texts), sharey=True, sharex=True, squeeze=False)[0]
     methods = list(dict.fromkeys(report.method for report in reports))
@@ -217,9 +213,7 @@ def pareto(reports: Sequence[Report], *, texts: Sequence[str] | None = None, dar
             lost = [x for x, y in mine if not (math.isfinite(y) and y > 0)]
             if lost:
                 collapsed, colour = True, line_look(index)["color"]
-                axes.plot(
-                    lost, [top] * len(lost), "x", color=colour, markersize=8, markeredgewidth=2, clip_on=False
-                )
+                axes.plot(lost, [top] * len(lost), "x", color=colour, markersize=8, markeredgewidth=2, clip_on=False)
         axes.plot([1], [1], "*", color=theme.text, markersize=13, label="dense", clip_on=False, zorder=5)
         axes.set_yscale("log")
         style_axes(axes, theme)
@@ -314,8 +308,7 @@ def _mean(values: Sequence[float]) -> float:
 def _common_texts(reports: Sequence[Report]) -> list[str]:
     """Texts with both perplexities in every report; if there is none, in any."""
     each = [
-        [t for t in r.texts() if r.perplexity(t, "dense") is not None and r.perplexity(t) is not None]
-        for r in reports
+        [t for t in r.texts() if r.perplexity(t, "dense") is not None and r.perplexity(t) is not None] for r in reports
     ]
     found = list(dict.fromkeys(text for texts in each for text in texts))
     return [text for text in found if all(text in texts for texts in each)] or found

@@ -73,9 +73,7 @@ def evaluation_changes(report: Report) -> list[Change]:
         example = dense if isinstance(dense, Mapping) else compressed
         if isinstance(example, Mapping) and example.get("metric", "perplexity") != "perplexity":
             first, second = (x.get("value") if isinstance(x, Mapping) else None for x in (dense, compressed))
-            difference = (
-                f"{second - first:+.4g}" if first is not None and second is not None else numbers.DASH
-            )
+            difference = f"{second - first:+.4g}" if first is not None and second is not None else numbers.DASH
             label = f"{example['metric']}, {name}"
             changes.append(Change(label, numbers.number(first), numbers.number(second), difference))
     return changes
@@ -168,9 +166,7 @@ def comparison_table(reports: Sequence[Report]) -> Table:
                 row.append(numbers.number(ppl) + (f" ({numbers.ratio(grown)})" if known_ratio else ""))
             row.append(numbers.duration(report.seconds) if report.stages else numbers.DASH)
             body.append([*row, numbers.size(report.peak_memory_bytes)])
-    used = [
-        i for i in range(len(head)) if i < 3 or any(row[i] not in (numbers.DASH, "100.0%") for row in body)
-    ]
+    used = [i for i in range(len(head)) if i < 3 or any(row[i] not in (numbers.DASH, "100.0%") for row in body)]
     title = f"Comparison on {models[0]}" if len(models) == 1 else "Comparison"
     least = [
         "Time",

@@ -13,12 +13,12 @@ from corank.recipe import Recipe, register
 
 
 @register("asvd", family="weights", cite="arXiv:2312.05821")
-def asvd(alpha: float = 0.5, precision: str = "double") -> Recipe:
+def asvd(alpha: float = 0.5, precision: str = "auto") -> Recipe:
     """SVD weighted by the magnitude of each input channel.
 
     Args:
         alpha: exponent of the mean magnitude; 0 is plain SVD.
-        precision: "double" or "mixed".
+        precision: "auto", "double" or "mixed".
     """
 
     def geometry(measured: Measured) -> Geometry:

@@ -81,7 +81,8 @@ def _present(roles: tuple[str, ...], sites: list[Site]) -> list[Site]:
     fused = {"qkv": "q", "gate_up": "gate"}
     gated = any(s.role in ("gate", "gate_up") for s in sites)
     return [
-        s for s in sites
+        s
+        for s in sites
         if s.role in roles or fused.get(s.role) in roles or (not gated and s.role == "up" and "gate" in roles)
     ]
 

@@ -13,11 +13,11 @@ from corank.recipe import Recipe, register
 
 
 @register("fwsvd", family="weights", cite="arXiv:2207.00112")
-def fwsvd(precision: str = "double") -> Recipe:
+def fwsvd(precision: str = "auto") -> Recipe:
     """SVD weighted by the Fisher information of each input channel.
 
     Args:
-        precision: "double" or "mixed".
+        precision: "auto", "double" or "mixed".
     """
 
     def geometry(measured: Measured) -> Geometry:

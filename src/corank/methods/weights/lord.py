@@ -13,11 +13,11 @@ from corank.recipe import Recipe, register
 
 
 @register("lord", family="weights", cite="arXiv:2309.14021")
-def lord(precision: str = "double") -> Recipe:
+def lord(precision: str = "auto") -> Recipe:
     """Principal components of each layer's output, the mean output going to the bias.
 
     Args:
-        precision: "double" or "mixed".
+        precision: "auto", "double" or "mixed".
     """
 
     def geometry(measured: Measured) -> Geometry:

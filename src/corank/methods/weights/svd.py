@@ -12,10 +12,10 @@ from corank.recipe import Recipe, register
 
 
 @register("svd", family="weights", cite="Eckart & Young 1936")
-def svd(precision: str = "double") -> Recipe:
+def svd(precision: str = "auto") -> Recipe:
     """Truncated SVD of the weight alone.
 
     Args:
-        precision: "double", or "mixed" (float32 with a float64 refinement).
+        precision: "double", "mixed" (float32, repaired in float64 where needed), or "auto" (mixed, unless the weights are float64).
     """
     return Recipe(factorize=Spectral(precision))

@@ -15,12 +15,12 @@ from corank.recipe import Recipe, register
 
 
 @register("svd-llm", family="weights", cite="arXiv:2403.07378")
-def svd_llm(update: bool = False, precision: str = "double") -> Recipe:
+def svd_llm(update: bool = False, precision: str = "auto") -> Recipe:
     """The best rank-k layer on the calibration data.
 
     Args:
         update: refit B by least squares on the inputs of the partly compressed model (the paper's mode for keep < 0.7).
-        precision: "double" or "mixed".
+        precision: "auto", "double" or "mixed".
     """
 
     def geometry(measured: Measured) -> Geometry:

@@ -16,7 +16,10 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     ("q", r"(q_proj|query|q_lin|attention\.q|SelfAttention\.q|wq|q)"),
     ("k", r"(k_proj|key|k_lin|SelfAttention\.k|wk|k)"),
     ("v", r"(v_proj|value|v_lin|SelfAttention\.v|wv|v)"),
-    ("o", r"(o_proj|out_proj|out_lin|attention\.output\.dense|(self_)?attention\.dense|attn\.c_proj|wo_attn|SelfAttention\.o|o)"),
+    (
+        "o",
+        r"(o_proj|out_proj|out_lin|attention\.output\.dense|(self_)?attention\.dense|attn\.c_proj|wo_attn|SelfAttention\.o|o)",
+    ),
     ("gate", r"(gate_proj|wi_0|w1)"),
     ("up", r"(up_proj|fc1|c_fc|dense_h_to_4h|intermediate\.dense|ffn\.lin1|wi|wi_1|w3|fc_in)"),
     ("down", r"(down_proj|fc2|mlp\.c_proj|dense_4h_to_h|output\.dense|ffn\.lin2|wo|w2|fc_out)"),
