@@ -18,26 +18,27 @@ import torch
 import corank
 from benchmarks.hardware import hardware
 from corank.evaluate import Cell, compare
-from corank.evaluate.jsonfile import write_json
+from corank.jsonfile import write_json
 from corank.model import read_text
 
 CELLS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("svd-llm", {"keep": 0.8}, {}),
     ("svd-llm", {"keep": 0.8}, {"pack": True}),
+    ("svd-llm", {"keep": 0.8}, {"pack": True, "allocate": "lagrange"}),
     ("svd-llm", {"keep": 0.6}, {}),
     ("svd-llm", {"keep": 0.6}, {"pack": True}),
-    ("svd", {"keep": 0.8}, {}),
-    ("asvd", {"keep": 0.8}, {}),
     ("curing", {}, {}),
     ("cur-fast", {"keep": 0.8}, {}),
-    ("col-id", {"keep": 0.8}, {}),
-    ("lord", {"keep": 0.8}, {}),
-    ("row-id", {"keep": 0.8}, {}),
-    ("svd-llm", {"keep": 0.8}, {"pack": True, "allocate": "lagrange"}),
-    ("curing-v2", {}, {}),
+    ("svd", {"keep": 0.8}, {}),
+    ("asvd", {"keep": 0.8}, {}),
+    ("svd-llm", {"keep": 0.6}, {"pack": True, "allocate": "lagrange"}),
     ("curing", {"keep": 0.8}, {}),
+    ("col-id", {"keep": 0.8}, {}),
+    ("row-id", {"keep": 0.8}, {}),
+    ("lord", {"keep": 0.8}, {}),
     ("fwsvd", {"keep": 0.8}, {}),
-    ("svd-llm", {"keep": 0.6}, {"update": True}),
+    ("svd-llm", {"keep": 0.8}, {"update": True}),
+    ("svd-llm", {"keep": 0.8}, {"target": "anchored"}),
 )
 
 
@@ -118,7 +119,8 @@ def main(arguments: list[str] | None = None) -> None:
                 "rows": rows,
             },
         )
-    shutil.rmtree(work / "statistics", ignore_errors=True)
+    if len(rows) == len(CELLS) + 1:
+        shutil.rmtree(work / "statistics", ignore_errors=True)
 
 
 if __name__ == "__main__":

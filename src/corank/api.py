@@ -21,10 +21,11 @@ from corank import checkpoint
 from corank.budget import Budget
 from corank.engine.directory import DirectorySink, MemorySink, copy_companions
 from corank.engine.passes import Job, Result, run
-from corank.engine.store import read_json, torch_dtype_name, write_json
+from corank.engine.store import torch_dtype_name
 from corank.errors import CorankError
 from corank.evaluate import PeakMemory, Perplexity, perplexity
 from corank.evaluate.perplexity import adds_bos
+from corank.jsonfile import read_json, write_json
 from corank.model import (
     Calibration,
     Outline,

@@ -79,13 +79,13 @@ def assess(
     """
     small, tokenizer = load(compressed)
     after = perplexities(small, tokenizer, texts, windows, window, report.method, step)
-    generation = {report.method: _continue(small, tokenizer, prompt)}
+    generation = {report.method: continuation(small, tokenizer, prompt)}
     before = known
     rows: list[dict[str, Any]] = []
     if before is None or timed:
         big, _ = load(dense)
         before = before or perplexities(big, tokenizer, texts, windows, window, "the dense model", step)
-        generation = {"dense": _continue(big, tokenizer, prompt), **generation}
+        generation = {"dense": continuation(big, tokenizer, prompt), **generation}
         if timed:
             step("speed", 0, 1)
             rows = [row.to_json() for row in speed({"dense": big, report.method: small}, repeats=3)]
@@ -94,7 +94,7 @@ def assess(
     )
 
 
-def _continue(model: PreTrainedModel, tokenizer: Any, prompt: str, tokens: int = 40) -> dict[str, Any]:
+def continuation(model: PreTrainedModel, tokenizer: Any, prompt: str, tokens: int = 40) -> dict[str, Any]:
     """A continuation of the prompt, or of its last words where the context is short."""
     context = context_length(model)
     if context is not None and len(tokenizer(prompt)["input_ids"]) > context // 2:

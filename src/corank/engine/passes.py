@@ -31,11 +31,12 @@ from corank.engine.site import (
     read_site,
     site_geometry,
 )
-from corank.engine.store import Activations, StatisticsStore, Table, write_json
+from corank.engine.store import Activations, StatisticsStore, Table
 from corank.engine.stream import Stream
 from corank.errors import CorankError
 from corank.factorize import Measured
 from corank.factors import replace
+from corank.jsonfile import write_json
 from corank.model import Calibration, ResidentModel, Site
 from corank.recipe import RankChoice, Recipe
 from corank.statistics import STATISTICS, AngularDistance, CrossGram, NonFinite

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from corank.errors import CorankError
-from corank.evaluate.jsonfile import encode, read_json, write_json
+from corank.jsonfile import encode, read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,7 +67,7 @@ class Perplexity:
         return math.isfinite(self.value)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a dict. Numbers may be non-finite: write it with ``evaluate.jsonfile``."""
+        """The fields as a dict. Numbers may be non-finite: write it with ``corank.jsonfile``."""
         return dataclasses.asdict(self)
 
 

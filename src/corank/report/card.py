@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from corank.evaluate.jsonfile import write_text
+from corank.jsonfile import write_text
 from corank.report import numbers, summary
 from corank.report.report import Report
 

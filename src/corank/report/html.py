@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from corank.errors import CorankError
-from corank.evaluate.jsonfile import encode, write_text
+from corank.jsonfile import encode, write_text
 from corank.report import numbers, plots, summary
 from corank.report.report import ACCOUNTS, Report
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from corank.errors import CorankError
-from corank.evaluate.jsonfile import decode, encode, read_json, write_json
+from corank.jsonfile import decode, encode, read_json, write_json
 
 ACCOUNTS = ("sites", "model", "bytes", "flops_per_token")
 ROLES = ("embed", "q", "k", "v", "o", "gate", "up", "down", "lm_head")
@@ -77,7 +77,7 @@ class Report:
             object.__setattr__(self, name, decode(encode({name: getattr(self, name)}))[name])
 
     def to_json(self) -> dict[str, Any]:
-        """Strict JSON values; non-finite numbers as in ``evaluate.jsonfile.encode``."""
+        """Strict JSON values; non-finite numbers as in ``corank.jsonfile.encode``."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
         return encode({"corank": self.corank, **fields, **self.extra})
 

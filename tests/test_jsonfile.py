@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from corank.errors import CorankError
-from corank.evaluate import jsonfile
+from corank import jsonfile
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats() | st.text('añ∞\n"\\', max_size=5),
