@@ -52,6 +52,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--recipe", metavar="FILE", help="YAML with any of: model, method, set, keep, data, ... ; flags win"
     )
     _windows(sub, 16)
+    sub.add_argument(
+        "--speed", action="store_true", help="also time prefill and decoding, before and after, interleaved"
+    )
     sub.add_argument("--no-eval", action="store_true", help="do not measure perplexity before and after")
 
     sub = command(

@@ -146,7 +146,14 @@ def compress(args: Namespace) -> int:
         )
         if texts:
             report = assess(
-                report, run["model"], out, texts, windows=args.windows or None, window=args.window, step=watch.step
+                report,
+                run["model"],
+                out,
+                texts,
+                windows=args.windows or None,
+                window=args.window,
+                timed=args.speed,
+                step=watch.step,
             )
     finally:
         watch.close()
