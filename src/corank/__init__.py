@@ -11,7 +11,7 @@ loads a compressed directory like any other.
 
 import corank.evaluate
 import corank.methods  # noqa: F401  both are packages whose names the functions below take over
-from corank.api import VERSION as __version__
+from corank.account import VERSION as __version__
 from corank.api import compress, evaluate, load
 from corank.budget import Budget
 from corank.checkpoint import dequantize, verify

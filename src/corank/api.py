@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import hashlib
 import json
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,111 +15,27 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from corank import checkpoint
-from corank.budget import Budget
+from corank.account import make_report, with_bytes
 from corank.engine.directory import DirectorySink, MemorySink, copy_companions
-from corank.engine.passes import Job, Result, run
+from corank.engine.passes import Result, run
 from corank.engine.store import torch_dtype_name
 from corank.errors import CorankError
 from corank.evaluate import PeakMemory, Perplexity, perplexity
-from corank.evaluate.perplexity import adds_bos
 from corank.jsonfile import read_json, write_json
 from corank.model import (
     Calibration,
-    Outline,
     ResidentModel,
     StreamedModel,
     Text,
-    calibration,
     read_text,
     resolve,
-    select_sites,
 )
 from corank.model.streaming import NotStreamable
-from corank.recipe import Recipe, get
+from corank.order import Order
 from corank.report import Report
 
-VERSION = "0.1.0"
 Progress = Callable[[int, str, float | None], None]
 """Called with (layer, stage, relative error or None)."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """What was asked for, checked: everything that defines a run besides the model.
-
-    Attributes:
-        method: name of the method.
-        settings: all its parameters and the common fields that were set.
-        recipe: built from them.
-        budget: None if the recipe has a rank rule of its own and no budget was given.
-        text: calibration text, None if the recipe measures nothing.
-        samples, length, seed, batch: of the calibration.
-    """
-
-    method: str
-    settings: dict[str, Any]
-    recipe: Recipe
-    budget: Budget | None
-    text: Text | None
-    samples: int = 64
-    length: int = 512
-    seed: int = 0
-    batch: int = 8
-
-    @classmethod
-    def take(
-        cls,
-        method: str,
-        budget: Mapping[str, Any],
-        scope: str | None,
-        settings: Mapping[str, Any],
-        data: str | Path | Text,
-        **rest: Any,
-    ) -> Order:
-        """Check everything that can be checked without the model.
-
-        Raises:
-            CorankError: unknown names, values out of range, no budget where one is needed, unreadable text.
-        """
-        entry = get(method)
-        recipe = entry.recipe(**settings)
-        given = any(value is not None for value in budget.values())
-        size = budget.get("params") is not None or budget.get("bytes") is not None
-        scope = scope or ("model" if size else "sites")
-        limit = Budget.parse(**budget, scope=scope) if given or recipe.rule is None else None
-        needs_text = bool(recipe.statistics) or recipe.sequential
-        text = (data if isinstance(data, Text) else read_text(data)) if needs_text else None
-        return cls(method, {**entry.parameters, **settings}, recipe, limit, text, **rest)
-
-    def identity(self) -> dict[str, Any]:
-        """The order as JSON; two orders with the same identity give the same result on the same model."""
-        return {
-            "method": self.method,
-            "parameters": {k: str(v) for k, v in self.settings.items()},
-            "budget": self.budget.to_dict() if self.budget else {},
-            "data": self.text.sha256 if self.text else None,
-            "samples": self.samples,
-            "length": self.length,
-            "seed": self.seed,
-        }
-
-    def job(self, source: ResidentModel, tokenizer: Any, sink: Any, dtype: torch.dtype, **rest: Any) -> Job:
-        """The engine's job for a model.
-
-        Raises:
-            CorankError: unknown sites, a text too short, a budget below what is not compressed.
-        """
-        sites = select_sites(source.outline.sites, self.recipe.targets, self.recipe.ignore)
-        data = None
-        if self.text is not None:
-            if tokenizer is None:
-                raise CorankError("Give tokenizer=..., which calibration needs.")
-            data = calibration(tokenizer, self.text, self.samples, self.length, self.seed, bos=adds_bos(tokenizer))
-        limit = None
-        if self.budget is not None:
-            inside = sum(s.numel for s in sites)
-            limit = self.budget.limit(inside, source.outline.parameters - inside, dtype.itemsize * 8)
-        return Job(source, self.recipe, sites, limit, data, sink, dtype, seed=self.seed, batch=self.batch, **rest)
 
 
 def compress(
@@ -307,7 +220,7 @@ def _in_memory(
     checkpoint.attach(model, {n: m.spec() for n, m in sink.modules.items()}, **_provenance(order, result, report))
     if target is not None:
         checkpoint.save(model, tokenizer, target)
-        report = _with_bytes(report, target, source.outline, source.dtype)
+        report = with_bytes(report, target, source.outline, source.dtype)
         report.save(target / "report.json")
     return report
 
@@ -342,7 +255,7 @@ def _streamed(
             fingerprint=notes["fingerprint"],
             **_provenance(order, result, report),
         )
-        report = _with_bytes(report, final, source.outline, source.stored_dtype)
+        report = with_bytes(report, final, source.outline, source.stored_dtype)
         report.save(final / "report.json")
         checkpoint.publish(final, target)
     except OSError as error:
@@ -368,7 +281,8 @@ def _claim(work: Path, identity: Mapping[str, Any]) -> None:
                 f"{work} is left from a different interrupted run; repeat that command to finish it, or delete it."
             )
         return
-    if work.exists() and any(work.iterdir()):
+    # a run killed while it wrote that note leaves the note's temporary file, and nothing else
+    if work.exists() and any(not file.name.startswith(f".{note.name}.") for file in work.iterdir()):
         raise CorankError(f"{work} exists and is not an interrupted run; delete it or choose another output directory.")
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -406,62 +320,3 @@ def _provenance(order: Order, result: Result, report: Report) -> dict[str, Any]:
         "plan": result.plan.to_dict(),
         "provenance": {"seed": order.seed, "data": report.data, "versions": report.versions, "model": report.model},
     }
-
-
-def make_report(name: str, order: Order, result: Result, job: Job, peak: int | None) -> Report:
-    """The report of a run, before sizes on disk are known."""
-    import transformers
-
-    rows, outline = result.rows, job.source.outline
-    inside = sum(r["params_dense"] for r in rows)
-    after = sum(r["params"] for r in rows)
-    every_flop = 2 * (sum(s.numel for s in outline.sites) + outline.head)
-    saved_flops = sum(2 * r["params_dense"] - r["flops"] for r in rows)
-    rows_by_loss = [r for r in rows if r["kind"] != "dense"]
-    warnings = []
-    if not rows_by_loss:
-        warnings.append("Every site stayed dense: the budget asks for nothing, or factors would not be smaller.")
-    accounting = {
-        "sites": {"dense": inside, "compressed": after},
-        "model": {"dense": outline.parameters, "compressed": outline.parameters - inside + after},
-        "flops_per_token": {"dense": every_flop, "compressed": every_flop - saved_flops},
-        "break_even": _break_even(job.recipe, outline),
-    }
-    return Report(
-        model=name,
-        method=order.method,
-        corank=VERSION,
-        parameters={k: list(v) if isinstance(v, tuple) else v for k, v in order.settings.items()},
-        budget=order.budget.to_dict() if order.budget else {},
-        accounting=accounting,
-        sites=rows,
-        stages=dict(job.stages),
-        peak_memory_bytes=peak,
-        seed=order.seed,
-        data=job.data.source if job.data else {},
-        versions={
-            "corank": VERSION,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "dtype": torch_dtype_name(job.dtype),
-        },
-        warnings=warnings,
-        extra={} if result.distances is None else {"angular_distances": result.distances},
-    )
-
-
-def _break_even(recipe: Recipe, outline: Outline) -> dict[str, int]:
-    """For each role, the largest rank at which the stored kind is smaller than the dense matrix."""
-    from corank.budget import count_break_even
-    from corank.factors import KINDS
-
-    shapes = {s.role: s.shape for s in outline.sites}
-    return {role: count_break_even(shape, KINDS[recipe.kind][0].count) for role, shape in shapes.items()}
-
-
-def _with_bytes(report: Report, directory: Path, outline: Outline, dtype: torch.dtype) -> Report:
-    """Add the bytes on disk: of the safetensors files written, and of the dense model in the same dtype."""
-    written = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
-    accounting = {**report.accounting, "bytes": {"dense": outline.parameters * dtype.itemsize, "compressed": written}}
-    return dataclasses.replace(report, accounting=accounting)

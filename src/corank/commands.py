@@ -25,8 +25,8 @@ from corank.evaluate import sample, speed
 from corank.jsonfile import encode
 from corank.model import Text, read_text, resolve
 from corank.report import Report, numbers
-from corank.report.progress import Bar
 from corank.report.table import comparison_table, print_report, speed_table
+from corank.watch import Watch
 
 DEFAULT_TEXTS = ("builtin-test", "builtin-code")
 
@@ -40,37 +40,6 @@ def console(wide: bool = False) -> Console:
 def emit(value: Any) -> None:
     """Print JSON."""
     print(json.dumps(encode(value), indent=2))
-
-
-class Watch:
-    """Feeds progress bars: a new one whenever a pass over the layers begins."""
-
-    def __init__(self, name: str, total: int, quiet: bool):
-        self.name, self.total, self.quiet = name, total, quiet
-        self._bar: Bar | None = None
-        self._last, self._stage = -1, ""
-
-    def __call__(self, layer: int, stage: str, error: float | None = None) -> None:
-        if self._bar is None or (stage != self._stage and layer <= self._last):
-            self.close()
-            self._bar = Bar(self.total, quiet=self.quiet, description=f"{self.name}: {stage}").__enter__()
-        self._bar.update(layer, stage, error)
-        self._last, self._stage = layer, stage
-
-    def step(self, what: str, done: int, of: int) -> None:
-        """The same for work that is not by layer."""
-        if what != self._stage:
-            self.close()
-            self._bar = Bar(of, quiet=self.quiet, description=what).__enter__()
-            self._stage, self._last = what, -1
-        assert self._bar is not None
-        self._bar.update(done, "")
-
-    def close(self) -> None:
-        """Finish the bar that is open."""
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
-            self._bar = None
 
 
 def layers_of(model: str) -> int:

@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from corank.api import load
 from corank.assess import continuation
-from corank.commands import Watch
 from corank.comparison import compare_methods
 from corank.errors import CorankError
 from corank.model import read_text, resolve
 from corank.report import Report
 from corank.report.table import comparison_table
+from corank.watch import Watch
 
 MODEL = "smollm2-135m"
 METHODS = ("curing", "svd-llm")

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from corank.api import Order, load_tokenizer, to_dtype
+from corank.api import load_tokenizer, to_dtype
 from corank.checkpoint import CorankConfig
 from corank.engine.directory import MemorySink
 from corank.engine.passes import prepare
 from corank.engine.site import cost, read_site
 from corank.model import Site, StreamedModel, outline
+from corank.order import Order
 from corank.report.report import ROLES
 
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)

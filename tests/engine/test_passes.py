@@ -162,15 +162,13 @@ KILLED = """
     from corank.model import Text
     print("ready", flush=True)
     def slow(layer, stage, error):
-        import time; time.sleep(0.15)
+        import time; time.sleep(0.1)
     corank.compress({folder!r}, {method!r}, keep=0.7, out={out!r}, data=Text(text(), "words"), samples=6, length=16, batch=4,
                     progress=slow, **{settings!r})
 """
 
 
-@pytest.mark.parametrize(
-    "method,settings", [("svd-llm", {}), ("svd-llm", {"allocate": "lagrange"}), ("svd-llm", {"target": "anchored"})]
-)
+@pytest.mark.parametrize(("method", "settings"), [("svd-llm", {}), ("svd-llm", {"target": "anchored"})])
 def test_a_run_killed_again_and_again_ends_with_the_same_bits(method, settings, tmp_path, request):
     folder = saved("llama-gqa", tmp_path / "dense")
     torch.set_num_threads(1)
@@ -193,6 +191,14 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bits(method, settings, 
     assert kills >= 2 and out.exists()
     whole, resumed = tensors(tmp_path / "whole"), tensors(out)
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_a_run_killed_while_it_took_its_directory_is_taken_over(tmp_path):
+    folder = saved("llama-gqa", tmp_path / "dense")
+    (tmp_path / "o.partial").mkdir()
+    (tmp_path / "o.partial" / ".run.json.x1y2.partial").write_text("{")
+    corank.compress(folder, keep=0.7, out=tmp_path / "o", **DATA)
+    assert (tmp_path / "o" / "config.json").is_file()
 
 
 def test_finished_blocks_are_not_made_again(tmp_path):

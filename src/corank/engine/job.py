@@ -1,0 +1,89 @@
+"""What the engine is asked to do, and where finished blocks go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from corank.engine.site import Replacement
+from corank.model import Calibration, ResidentModel, Site
+from corank.recipe import Recipe
+
+
+class Sink(Protocol):
+    """Takes finished blocks. `done` says whether a block need not be made again."""
+
+    def done(self, layer: int) -> list[dict[str, Any]] | None:
+        """Report rows of a block that is finished already, else None."""
+
+    def put(self, layer: int, block: nn.Module, replacements: list[Replacement], rows: list[dict[str, Any]]) -> None:
+        """Take a block whose layers have been replaced."""
+
+
+@dataclass
+class Job:
+    """One compression.
+
+    Attributes:
+        source: the model, resident or streamed.
+        recipe: what to do.
+        sites: the matrices to compress.
+        limit: parameters allowed over the sites, None if the recipe's own rule needs no budget.
+        data: calibration windows, None if the recipe measures nothing.
+        sink: where finished blocks go.
+        work: directory of the run (resumable), None to keep nothing.
+        cache: directory of statistics to use and to fill, shared between runs on the same model and data.
+        seed: of everything random.
+        batch: sequences per forward pass.
+        report: called with (layer, stage, relative error or None).
+    """
+
+    source: ResidentModel
+    recipe: Recipe
+    sites: list[Site]
+    limit: int | None
+    data: Calibration | None
+    sink: Sink
+    dtype: torch.dtype
+    work: Path | None = None
+    cache: Path | None = None
+    seed: int = 0
+    batch: int = 8
+    report: Callable[[int, str, float | None], None] = lambda layer, stage, error: None
+    stages: dict[str, float] = field(default_factory=dict)
+    scratch: Path | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a stage's total."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
+
+    def in_layer(self, layer: int) -> list[Site]:
+        """Sites to compress in a block, in the order in which it runs them."""
+        return [s for s in self.sites if s.layer == layer]
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks of the model."""
+        return self.source.outline.layers
+
+    @property
+    def of_inputs(self) -> set[str]:
+        """Statistics of the recipe that need a forward pass."""
+        return {n for n in self.recipe.statistics if n not in ("fisher", "gradient")}
+
+    @property
+    def of_gradients(self) -> set[str]:
+        """Statistics of the recipe that need a backward pass."""
+        return {n for n in self.recipe.statistics if n in ("fisher", "gradient")}

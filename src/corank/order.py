@@ -1,0 +1,96 @@
+"""An order: everything that was asked for, checked before a model is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from corank.budget import Budget
+from corank.engine.job import Job
+from corank.errors import CorankError
+from corank.evaluate.perplexity import adds_bos
+from corank.model import ResidentModel, Text, calibration, read_text, select_sites
+from corank.recipe import Recipe, get
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was asked for, checked: everything that defines a run besides the model.
+
+    Attributes:
+        method: name of the method.
+        settings: all its parameters and the common fields that were set.
+        recipe: built from them.
+        budget: None if the recipe has a rank rule of its own and no budget was given.
+        text: calibration text, None if the recipe measures nothing.
+        samples, length, seed, batch: of the calibration.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    recipe: Recipe
+    budget: Budget | None
+    text: Text | None
+    samples: int = 64
+    length: int = 512
+    seed: int = 0
+    batch: int = 8
+
+    @classmethod
+    def take(
+        cls,
+        method: str,
+        budget: Mapping[str, Any],
+        scope: str | None,
+        settings: Mapping[str, Any],
+        data: str | Path | Text,
+        **rest: Any,
+    ) -> Order:
+        """Check everything that can be checked without the model.
+
+        Raises:
+            CorankError: unknown names, values out of range, no budget where one is needed, unreadable text.
+        """
+        entry = get(method)
+        recipe = entry.recipe(**settings)
+        given = any(value is not None for value in budget.values())
+        size = budget.get("params") is not None or budget.get("bytes") is not None
+        scope = scope or ("model" if size else "sites")
+        limit = Budget.parse(**budget, scope=scope) if given or recipe.rule is None else None
+        needs_text = bool(recipe.statistics) or recipe.sequential
+        text = (data if isinstance(data, Text) else read_text(data)) if needs_text else None
+        return cls(method, {**entry.parameters, **settings}, recipe, limit, text, **rest)
+
+    def identity(self) -> dict[str, Any]:
+        """The order as JSON; two orders with the same identity give the same result on the same model."""
+        return {
+            "method": self.method,
+            "parameters": {k: str(v) for k, v in self.settings.items()},
+            "budget": self.budget.to_dict() if self.budget else {},
+            "data": self.text.sha256 if self.text else None,
+            "samples": self.samples,
+            "length": self.length,
+            "seed": self.seed,
+        }
+
+    def job(self, source: ResidentModel, tokenizer: Any, sink: Any, dtype: torch.dtype, **rest: Any) -> Job:
+        """The engine's job for a model.
+
+        Raises:
+            CorankError: unknown sites, a text too short, a budget below what is not compressed.
+        """
+        sites = select_sites(source.outline.sites, self.recipe.targets, self.recipe.ignore)
+        data = None
+        if self.text is not None:
+            if tokenizer is None:
+                raise CorankError("Give tokenizer=..., which calibration needs.")
+            data = calibration(tokenizer, self.text, self.samples, self.length, self.seed, bos=adds_bos(tokenizer))
+        limit = None
+        if self.budget is not None:
+            inside = sum(s.numel for s in sites)
+            limit = self.budget.limit(inside, source.outline.parameters - inside, dtype.itemsize * 8)
+        return Job(source, self.recipe, sites, limit, data, sink, dtype, seed=self.seed, batch=self.batch, **rest)
