@@ -10,8 +10,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from corank.errors import CorankError
 from corank import jsonfile
+from corank.errors import CorankError
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats() | st.text('añ∞\n"\\', max_size=5),
