@@ -39,6 +39,7 @@ def perplexities(
     """Perplexity on each text, by the text's source."""
     found = {}
     for text in texts:
+        step(f"perplexity of {name} on {text.source}", 0, windows or 1)
         result = evaluate(
             model,
             tokenizer,

@@ -21,12 +21,12 @@ class Watch:
         self._last, self._stage = layer, stage
 
     def step(self, what: str, done: int, of: int) -> None:
-        """The same for work that is not by layer."""
-        if what != self._stage:
+        """The same for work by windows of text; said once with done=0 when it begins."""
+        if what != self._stage or self._bar is None:
             self.close()
-            self._bar = Bar(of, quiet=self.quiet, description=what).__enter__()
+            self._bar = Bar(of, quiet=self.quiet, description=what, unit="window").__enter__()
             self._stage, self._last = what, -1
-        assert self._bar is not None
+        self._bar.total = of
         self._bar.update(done, "")
 
     def close(self) -> None:

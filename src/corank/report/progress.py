@@ -47,13 +47,20 @@ class Bar:
     """
 
     def __init__(
-        self, total: int, *, console: Console | None = None, quiet: bool = False, description: str = ""
+        self,
+        total: int,
+        *,
+        console: Console | None = None,
+        quiet: bool = False,
+        description: str = "",
+        unit: str = "layer",
     ) -> None:
-        """Args: total: layers, >= 0. console: None for standard error. description: leads the line."""
+        """Args: total: layers (or other units), >= 0. console: None for standard error. description: leads the line."""
         if total < 0:
             raise CorankError(f"A run over {total} layers is not possible; give 0 or more.")
         self.total = total
         self.description = description
+        self.unit = unit
         self.quiet = quiet
         self.console = console or Console(stderr=True)
         self._live: Progress | None = None
@@ -101,7 +108,7 @@ class Bar:
         if self.quiet:
             return
         if self._live is not None:
-            self._live.update(self._task, completed=done, stage=stage, error=error)
+            self._live.update(self._task, total=self.total, completed=done, stage=stage, error=error)
             return
         tenth = 10 * done // self.total if self.total else 10
         if tenth > self._tenth:
@@ -110,7 +117,7 @@ class Bar:
 
     def _line(self, done: int, stage: str, error: float | None) -> str:
         share = done / self.total if self.total else 1.0
-        words = [f"{100 * share:3.0f}%", f"layer {done}/{self.total}", stage]
+        words = [f"{100 * share:3.0f}%", f"{self.unit} {done}/{self.total}", stage]
         if error is not None:
             words.append(f"error {numbers.number(error, 2)}")
         words += [f"peak {numbers.size(_peak_bytes(), 3)}", _times(time.monotonic() - self._started, share)]
