@@ -188,3 +188,14 @@ def test_looks_and_themes():
         # Contrast of WCAG 2, for greys: level AAA asks for 7.
         back, text = ((int(c[3:5], 16) / 255) ** 2.2 for c in (theme.back, theme.text))
         assert (max(back, text) + 0.05) / (min(back, text) + 0.05) > 7
+
+
+def test_a_curve_that_ends_early_makes_no_claim_about_the_ranks_behind_its_end():
+    from corank.report.headlines import spectra_headline
+    from corank.report.plots import _fraction_for
+
+    short = {"curve": [[0, 1.0], [4, 0.6]], "max_rank": 16}
+    full = {"curve": [[0, 1.0], [8, 0.09], [16, 0.0]], "max_rank": 16}
+    assert math.isnan(_fraction_for(short, 0.1)) and _fraction_for(full, 0.1) == 0.5
+    assert "end at the ranks chosen" in spectra_headline({"q": math.nan}, 1)
+    assert "50%" in spectra_headline({"q": math.nan, "k": 0.5}, 2)

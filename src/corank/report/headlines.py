@@ -13,6 +13,9 @@ from corank.report.summary import mean_loss
 
 def spectra_headline(needed: Mapping[str, float], found: int) -> str:
     """Which role needs the most and which the least of its rank. ``needed``: role -> mean rank fraction."""
+    needed = {role: share for role, share in needed.items() if share == share}  # NaN: its curves end above 10%
+    if not needed:
+        return "Relative loss against rank; the curves end at the ranks chosen"
     easy, hard = min(needed, key=lambda r: needed[r]), max(needed, key=lambda r: needed[r])
     if easy == hard:
         text = f"{hard} needs {100 * needed[hard]:.0f}% of its rank for a loss of 10%"

@@ -296,7 +296,12 @@ def _share(sites: Sequence[dict[str, Any]]) -> tuple[float, bool] | None:
 
 
 def _fraction_for(site: dict[str, Any], loss: float) -> float:
-    """The smallest fraction of the full rank on the curve at which the relative loss is at most ``loss``."""
+    """The smallest fraction of the full rank on the curve at which the relative loss is at most ``loss``.
+
+    NaN if the curve ends, short of the full rank, before it has fallen that far: a selection stops at its rank.
+    """
+    if site["curve"] and site["curve"][-1][0] < site["max_rank"] and site["curve"][-1][1] > loss:
+        return math.nan
     ranks = [rank for rank, value in site["curve"] if numbers.finite(value) and value <= loss]
     return min(ranks) / site["max_rank"] if ranks else 1.0
 
