@@ -1,6 +1,6 @@
 """Models as sequences of blocks and matrices, and the texts to run them on."""
 
-from corank.model.outline import Outline, Site, outline, select_sites
+from corank.model.outline import Outline, Site, outline, select_sites, sites_with_roles
 from corank.model.streaming import ResidentModel, StreamedModel
 from corank.model.text import Calibration, Text, calibration, read_text
 from corank.model.zoo import ALIASES, resolve
@@ -18,4 +18,5 @@ __all__ = [
     "read_text",
     "resolve",
     "select_sites",
+    "sites_with_roles",
 ]

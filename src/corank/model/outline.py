@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from corank.errors import CorankError, unknown
 from corank.factors import is_conv1d, shape_of
-from corank.model.archs import role_of
+from corank.model.archs import FUSED, role_of
 
 
 @dataclass(frozen=True)
@@ -210,3 +210,17 @@ def select_sites(
     for pattern in ignore or ():
         kept -= matching(pattern)
     return [s for s in sites if s.name in kept]
+
+
+def sites_with_roles(sites: Sequence[Site], roles: Iterable[str]) -> list[Site]:
+    """Sites of some roles, in any architecture.
+
+    A fused matrix counts as the role that stands for it, and in an MLP without a gate the first matrix counts as one.
+    """
+    wanted = set(roles)
+    gated = any(s.role in ("gate", "gate_up") for s in sites)
+
+    def counts_as(site: Site) -> str:
+        return "gate" if site.role == "up" and not gated else FUSED.get(site.role, site.role)
+
+    return [s for s in sites if s.role in wanted or counts_as(s) in wanted]

@@ -17,7 +17,7 @@ import torch
 
 from corank.errors import CorankError
 from corank.factorize import CURDecomposition, Geometry, Measured
-from corank.model import Site
+from corank.model import Site, sites_with_roles
 from corank.recipe import RankChoice, Recipe, register
 
 
@@ -76,17 +76,6 @@ def _geometry(measured: Measured) -> Geometry:
 ROLES = ("q", "k", "gate")
 
 
-def _present(roles: tuple[str, ...], sites: list[Site]) -> list[Site]:
-    """Sites of these roles; a fused matrix (qkv, gate_up) counts as the roles it holds, unnamed MLPs as `up`."""
-    fused = {"qkv": "q", "gate_up": "gate"}
-    gated = any(s.role in ("gate", "gate_up") for s in sites)
-    return [
-        s
-        for s in sites
-        if s.role in roles or fused.get(s.role) in roles or (not gated and s.role == "up" and "gate" in roles)
-    ]
-
-
 @register("curing", family="weights", cite="arXiv:2501.04211")
 def curing(layers: int = 10, rank: int | None = None, selector: str = "deim", roles: tuple[str, ...] = ROLES) -> Recipe:
     """CUR of q, k and gate in the layers that matter least (the paper's program).
@@ -101,7 +90,7 @@ def curing(layers: int = 10, rank: int | None = None, selector: str = "deim", ro
     def rule(case: RankChoice) -> dict[str, int]:
         ranks = {
             s.name: min(rank if rank is not None else max(s.shape[1] // 16, 1), break_even(*s.shape))
-            for s in _present(roles, case.sites)
+            for s in sites_with_roles(case.sites, roles)
         }
         return spend(case, layers, ranks, least_turning(case.distances))
 
@@ -145,7 +134,7 @@ def curing_v2(
         return max(min(max(r, lowest), top, max_rank or top), 1)
 
     def rule(case: RankChoice) -> dict[str, int]:
-        ranks = {s.name: by_energy(case, s) for s in _present(roles, case.sites)}
+        ranks = {s.name: by_energy(case, s) for s in sites_with_roles(case.sites, roles)}
         return spend(case, layers, ranks, least_turning(case.distances))
 
     factorize = CURDecomposition(selector, importance="signed", weighted=True, svd="randomized")

@@ -25,6 +25,9 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     ("down", r"(down_proj|fc2|mlp\.c_proj|dense_4h_to_h|output\.dense|ffn\.lin2|wo|w2|fc_out)"),
 )
 
+#: fused matrix -> the role that stands for it where roles are chosen one by one
+FUSED = {"qkv": "q", "gate_up": "gate"}
+
 ROLES: tuple[str, ...] = tuple(role for role, _ in _PATTERNS)
 
 _COMPILED = tuple((role, re.compile(rf"(^|\.){pattern}$")) for role, pattern in _PATTERNS)
