@@ -22,21 +22,24 @@ from corank.jsonfile import write_json
 from corank.model import read_text
 
 CELLS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+    ("best", {"keep": 0.8}, {}),
+    ("best", {"keep": 0.6}, {}),
     ("svd-llm", {"keep": 0.8}, {}),
     ("svd-llm", {"keep": 0.8}, {"pack": True}),
     ("svd-llm", {"keep": 0.8}, {"pack": True, "allocate": "lagrange"}),
     ("svd-llm", {"keep": 0.6}, {}),
     ("svd-llm", {"keep": 0.6}, {"pack": True}),
-    ("curing", {}, {}),
-    ("cur-fast", {"keep": 0.8}, {}),
     ("svd", {"keep": 0.8}, {}),
     ("asvd", {"keep": 0.8}, {}),
-    ("svd-llm", {"keep": 0.6}, {"pack": True, "allocate": "lagrange"}),
+    ("curing", {}, {}),
+    ("cur-fast", {"keep": 0.8}, {}),
     ("curing", {"keep": 0.8}, {}),
+    ("kfac-svd", {"keep": 0.8}, {}),
     ("col-id", {"keep": 0.8}, {}),
     ("row-id", {"keep": 0.8}, {}),
     ("lord", {"keep": 0.8}, {}),
     ("fwsvd", {"keep": 0.8}, {}),
+    ("svd-llm", {"keep": 0.8}, {"target": "shifted"}),
     ("svd-llm", {"keep": 0.8}, {"update": True}),
     ("svd-llm", {"keep": 0.8}, {"target": "anchored"}),
 )

@@ -13,7 +13,7 @@ from corank import recipe
 from corank.engine.site import cost, factorize_site
 from corank.factorize import Measured
 from corank.model import Site, Text
-from corank.statistics import FisherDiagonal, GradientGram, InputGram, InputMoments
+from corank.statistics import ClippedGradientGram, FisherDiagonal, GradientGram, InputGram, InputMoments
 from tiny import saved, text, tiny, tokenizer
 
 METHODS = [m.name for m in recipe.methods()]
@@ -42,11 +42,13 @@ def measured(shape, tokens=60, samples=4, seed=1, dead=(), method_affine=False):
         "moments": InputMoments(n),
         "fisher": FisherDiagonal(m, n),
         "gradient": GradientGram(m),
+        "clipped-gradient": ClippedGradientGram(m),
     }
     statistics["gram"].update(X)
     statistics["moments"].update(X)
     statistics["fisher"].update(X, dY)
     statistics["gradient"].update(dY)
+    statistics["clipped-gradient"].update(dY)
     return Measured({k: s.result() for k, s in statistics.items()}, {}, method_affine), X.flatten(0, 1)
 
 
@@ -90,6 +92,18 @@ def test_predicted_loss_is_the_realised_loss(name, shape, pack):
             assert math.sqrt(geometry.loss(W - r.module.dense_weight())) == pytest.approx(
                 float(torch.linalg.norm(E)) / math.sqrt(len(X)), rel=1e-8
             )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_with_an_output_metric_the_change_of_the_loss_is_predicted_in_nats(name):
+    data, _ = measured(SHAPES["wide"], method_affine=recipe.get(name).recipe().affine)
+    geometry = recipe.get(name).recipe().geometry(data)
+    r = replacement(name, SHAPES["wide"], 4, data=data)
+    if geometry.R is None:
+        assert "predicted_nats" not in r.row
+    else:
+        error = matrix(SHAPES["wide"]) - r.module.dense_weight()
+        assert r.row["predicted_nats"] == pytest.approx(geometry.loss(error) / 2, rel=1e-8)
 
 
 # a sketch of another width selects otherwise, and so does a randomized SVD: their own curves are checked above

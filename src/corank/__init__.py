@@ -2,7 +2,7 @@
 
     import corank
 
-    report = corank.compress("smollm2-135m", method="svd-llm", keep=0.8, out="small")
+    report = corank.compress("smollm2-135m", keep=0.8, out="small")
     model, tokenizer = corank.load("small")
 
 Importing corank registers its checkpoint format with transformers, so that ``AutoModelForCausalLM.from_pretrained``

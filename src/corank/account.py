@@ -27,8 +27,8 @@ def make_report(name: str, order: Order, result: Result, job: Job, peak: int | N
     rows, outline = result.rows, job.source.outline
     inside = sum(r["params_dense"] for r in rows)
     after = sum(r["params"] for r in rows)
-    every_flop = 2 * (sum(s.numel for s in outline.sites) + outline.head)
-    saved_flops = sum(2 * r["params_dense"] - r["flops"] for r in rows)
+    every_flop = outline.flops
+    saved_flops = sum(r["flops_dense"] - r["flops"] for r in rows)
     rows_by_loss = [r for r in rows if r["kind"] != "dense"]
     warnings = []
     if not rows_by_loss:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from corank import checkpoint
 from corank.account import make_report, with_bytes
-from corank.engine.directory import DirectorySink, MemorySink, copy_companions
+from corank.engine.directory import DirectorySink, MemorySink, copy_companions, small_files
 from corank.engine.passes import Result, run
 from corank.engine.store import torch_dtype_name
 from corank.errors import CorankError
@@ -31,7 +31,7 @@ from corank.model import (
     resolve,
 )
 from corank.model.streaming import NotStreamable
-from corank.order import Order
+from corank.order import Data, Order
 from corank.report import Report
 
 Progress = Callable[[int, str, float | None], None]
@@ -40,15 +40,17 @@ Progress = Callable[[int, str, float | None], None]
 
 def compress(
     model: str | Path | PreTrainedModel,
-    method: str = "svd-llm",
+    method: str = "best",
     *,
     keep: float | str | None = None,
     remove: float | str | None = None,
     params: int | str | None = None,
     bytes: int | str | None = None,
+    max_perplexity_increase: float | str | None = None,
+    heldout: str | Path | Text = "builtin-test",
     scope: str | None = None,
     out: str | Path | None = None,
-    data: str | Path | Text = "builtin",
+    data: Data = "builtin",
     samples: int = 64,
     length: int = 512,
     seed: int = 0,
@@ -68,10 +70,14 @@ def compress(
         method: name of a registered method, see `corank.methods()`.
         keep, remove, params, bytes: the budget, exactly one of them (``keep=0.8``, ``bytes="10GiB"``); methods with a
             rank rule of their own (curing) work without one.
+        max_perplexity_increase: in place of a size: the smallest model whose perplexity on `heldout` is no more than this
+            share above the dense model's (``"5%"``); needs a model on disk.
+        heldout: text to judge by, not the calibration text.
         scope: what the budget is counted over, the selected "sites" or the whole "model"; None: the sites for a
             fraction, the model for a size.
         out: directory to write. For a model in memory it may be None.
-        data: calibration text: a file, ``datasets:NAME``, "builtin", or a `Text`.
+        data: calibration text: a file, ``datasets:NAME``, "builtin", or a `Text`; or, for a model of anything else, a
+            list of dicts of model inputs (``[{"pixel_values": x}, ...]``), each a batch.
         samples, length: calibration windows and tokens in each.
         seed: of everything random.
         batch: windows per forward pass.
@@ -89,6 +95,32 @@ def compress(
             goes on from there when it is called again.
     """
     budget = {"keep": keep, "remove": remove, "params": params, "bytes": bytes}
+    if max_perplexity_increase is not None:
+        from corank.quality import compress_to_quality  # it calls this function for every trial
+
+        if any(value is not None for value in budget.values()):
+            raise CorankError("Give a size or max_perplexity_increase, not both.")
+        if out is None or isinstance(model, PreTrainedModel):
+            raise CorankError("max_perplexity_increase needs a model on disk and out=DIRECTORY.")
+        return compress_to_quality(
+            model,
+            method,
+            max_perplexity_increase,
+            out=out,
+            heldout=heldout,
+            window=length,
+            cache=cache,
+            data=data,
+            device=device,
+            dtype=dtype,
+            samples=samples,
+            seed=seed,
+            batch=batch,
+            scope=scope,
+            progress=progress,
+            length=length,
+            **settings,
+        )
     target = None if out is None else check_target(out)
     order = Order.take(method, budget, scope, settings, data, samples=samples, length=length, seed=seed, batch=batch)
     report = progress or (lambda layer, stage, error: None)
@@ -101,10 +133,11 @@ def compress(
     if json.loads((path / "config.json").read_text()).get("quantization_config"):
         raise CorankError(f"{path} is compressed or quantized already; start from the dense model.")
     try:
-        source = StreamedModel(path, device, to_dtype(dtype))
+        source = StreamedModel(path, device, to_dtype(dtype), example=order.example)
     except NotStreamable:
-        whole, words = checkpoint.load(path, dtype=to_dtype(dtype), device=device)
-        return _in_memory(whole, words, str(model), order, target, cache, report)
+        of_text = isinstance(order.text, Text)
+        whole, words = checkpoint.load(path, dtype=to_dtype(dtype), device=device, tokenizer=of_text)
+        return _in_memory(whole, words, str(model), order, target, cache, report, companions=path)
     return _streamed(source, str(model), order, target, cache, report)
 
 
@@ -210,8 +243,9 @@ def _in_memory(
     target: Path | None,
     cache: str | Path | None,
     progress: Progress,
+    companions: Path | None = None,
 ) -> Report:
-    source, sink = ResidentModel(model), MemorySink()
+    source, sink = ResidentModel(model, example=order.example), MemorySink()
     with tempfile.TemporaryDirectory() as scratch, PeakMemory() as memory:
         job = order.job(source, tokenizer, sink, source.dtype, report=progress, scratch=Path(scratch))
         job.cache = _cache(cache, _model_key(model), job.data) if cache else None
@@ -219,7 +253,8 @@ def _in_memory(
     report = make_report(name, order, result, job, memory.peak_bytes)
     checkpoint.attach(model, {n: m.spec() for n, m in sink.modules.items()}, **_provenance(order, result, report))
     if target is not None:
-        checkpoint.save(model, tokenizer, target)
+        documents = {} if companions is None else {f.name: f.read_text() for f in small_files(companions)}
+        checkpoint.save(model, tokenizer, target, documents=documents)
         report = with_bytes(report, target, source.outline, source.dtype)
         report.save(target / "report.json")
     return report
@@ -229,7 +264,7 @@ def _streamed(
     source: StreamedModel, name: str, order: Order, target: Path, cache: str | Path | None, progress: Progress
 ) -> Report:
     work = target.with_name(target.name + ".partial")
-    tokenizer = load_tokenizer(source.path) if order.text is not None else None
+    tokenizer = load_tokenizer(source.path) if isinstance(order.text, Text) else None
     sink = DirectorySink(work, source, source.stored_dtype)
     job = order.job(
         source, tokenizer, sink, source.stored_dtype, report=progress, work=work, scratch=work / "statistics"

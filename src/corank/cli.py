@@ -15,7 +15,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="corank",
         description="Compress neural networks by factorizing them. Results are ordinary Hugging Face directories.",
-        epilog="start here:\n  corank demo\n  corank compress smollm2-135m --method svd-llm --keep 0.8 --out small\n"
+        epilog="start here:\n  corank demo\n  corank compress smollm2-135m --keep 0.8 --out small\n"
         "  corank eval small\n  corank methods",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -37,15 +37,25 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(
         "compress",
         "compress a model into a new directory",
-        "  corank compress smollm2-135m --method svd-llm --keep 0.8 --out small\n"
+        "  corank compress smollm2-135m --keep 0.8 --out small\n"
+        "  corank compress smollm2-135m --max-perplexity-increase 5% --out small\n"
         "  corank compress smollm2-135m --method svd-llm --keep 0.8 --set pack=true --out small\n"
         "  corank compress smollm2-135m --method curing --out cured           # the paper's own rank rule\n"
         "  corank compress ORG/MODEL --bytes 10GiB --scope model --set allocate=lagrange --out small",
     )
     sub.add_argument("model", nargs="?", help=MODEL)
     _method(sub)
-    _budget(sub)
+    _budget(sub).add_argument(
+        "--max-perplexity-increase",
+        metavar="SHARE",
+        help="in place of a size: the smallest model whose perplexity on --heldout rises by no more than this, e.g. 5%%",
+    )
     _data(sub)
+    sub.add_argument(
+        "--heldout",
+        default="builtin-test",
+        help="text to judge that by, not the calibration text (default: %(default)s)",
+    )
     sub.add_argument("--out", required=True, help="directory to write; it must not exist or be empty")
     sub.add_argument("--cache", help="directory for statistics, shared by runs on the same model and data")
     sub.add_argument(
@@ -59,12 +69,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command(
         "eval",
-        "measure the perplexity of a model, dense or compressed",
+        "measure a model, dense or compressed: its perplexity, or its scores on tasks of lm-eval",
         "  corank eval small\n  corank eval small --text wiki.test.txt --windows 0       # the whole text\n"
-        "  corank eval smollm2-135m --json",
+        "  corank eval smollm2-135m --json\n"
+        "  corank eval small --tasks arc_easy,piqa --limit 200 --results scores.json\n"
+        "  corank eval small --tasks my_task --tasks-dir tasks           # no network needed",
     )
     sub.add_argument("model", help=MODEL + "; dense or compressed")
+    sub.add_argument("--device", help="where to compute (default: the CPU)")
     _windows(sub, 64)
+    _tasks(sub)
 
     sub = command(
         "compare",
@@ -138,6 +152,38 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="directory to write")
 
     sub = command(
+        "export",
+        "write a model for another runtime, checked against the original",
+        "  corank export small --format onnx --out small-onnx\n  corank export small --format torch --out small-pt2\n"
+        "  corank export small --format dense --out plain\n  corank export small --format gguf --out small.gguf",
+    )
+    sub.add_argument("model", help=MODEL + "; dense or compressed")
+    sub.add_argument("--format", required=True, choices=("dense", "onnx", "torch", "gguf"))
+    sub.add_argument("--out", required=True, help="directory to write (a file name for gguf); it must not exist")
+    sub.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="largest difference of a logit, relative to the largest one where that exceeds 1 (default: %(default)s)",
+    )
+
+    sub = command(
+        "serve",
+        "answer over HTTP in OpenAI's protocol, with the best engine present",
+        "  corank serve small\n  corank serve small --host 0.0.0.0 --port 8000 --engine builtin",
+    )
+    sub.add_argument("model", help=MODEL + "; dense or compressed")
+    sub.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
+    sub.add_argument("--port", type=int, default=8000, help="0 for any free one (default: %(default)s)")
+    sub.add_argument(
+        "--engine",
+        default="auto",
+        choices=("auto", "vllm", "transformers", "builtin"),
+        help="auto: vLLM if it is installed, else `transformers serve` if its packages are, else corank's own",
+    )
+    sub.add_argument("--name", help="name of the model in the protocol (default: its directory's)")
+
+    sub = command(
         "demo", "compress a real 135M-parameter language model and look at the result", "  corank demo --out demo"
     )
     sub.add_argument("--out", default="runs/demo", help="directory for results (default: %(default)s)")
@@ -147,7 +193,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _method(sub: argparse.ArgumentParser, default: str | None = "svd-llm") -> None:
+def _method(sub: argparse.ArgumentParser, default: str | None = "best") -> None:
     group = sub.add_argument_group("method")
     group.add_argument("--method", default=None, help=f"see `corank methods` (default: {default})")
     group.add_argument(
@@ -155,14 +201,14 @@ def _method(sub: argparse.ArgumentParser, default: str | None = "svd-llm") -> No
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a parameter of the method, or one that all share: allocate=uniform|lagrange, pack=true, target=dense|shifted|"
-        "anchored, refit=true, affine=true, floor=0.3, multiple_of=16, currency=relative|energy; may be repeated",
+        help="a parameter of the method (see `corank methods NAME`), or one that all share: allocate=uniform|lagrange|..., "
+        "pack=true, target=dense|shifted|anchored, refit=true, affine=true, floor=0.3, multiple_of=16, currency=relative|energy; may be repeated",
     )
     group.add_argument("--targets", help="roles, globs or re:patterns of the matrices to compress, separated by commas")
     group.add_argument("--ignore", help="the same, of matrices to leave alone")
 
 
-def _budget(sub: argparse.ArgumentParser) -> None:
+def _budget(sub: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = sub.add_argument_group("budget (one of)")
     group.add_argument("--keep", help="fraction of parameters kept, e.g. 0.8 or 80%%")
     group.add_argument("--remove", help="fraction of parameters removed, e.g. 0.2")
@@ -174,6 +220,7 @@ def _budget(sub: argparse.ArgumentParser) -> None:
         choices=("sites", "model"),
         help="what the budget counts: the selected matrices, or the whole model\n(default: sites for a fraction, model for a size)",
     )
+    return group
 
 
 def _data(sub: argparse.ArgumentParser) -> None:
@@ -204,6 +251,19 @@ def _windows(sub: argparse.ArgumentParser, default: int) -> None:
         "--windows", type=int, default=default, help="windows per text, 0 for all (default: %(default)s)"
     )
     group.add_argument("--window", type=int, default=512, help="tokens in a window (default: %(default)s)")
+
+
+def _tasks(sub: argparse.ArgumentParser) -> None:
+    group = sub.add_argument_group("tasks of lm-eval; perplexity is then measured only on texts named with --text")
+    group.add_argument("--tasks", help="names of tasks, groups or tags, or globs, separated by commas")
+    group.add_argument("--tasks-dir", metavar="FOLDER", help="folder of lm-eval task files, whose data may be local")
+    group.add_argument("--limit", type=float, help="only so many documents of each task, or this fraction below 1")
+    group.add_argument("--shots", type=int, help="examples in the prompt (default: each task's own number)")
+    group.add_argument("--chat", action="store_true", help="apply the chat template")
+    group.add_argument("--batch", type=int, default=8, help="sequences per forward pass (default: %(default)s)")
+    group.add_argument(
+        "--results", metavar="FILE", help="where lm-eval's own JSON goes (default: MODEL-lm-eval-DATE.json, here)"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,17 @@ from corank.budget import Budget
 from corank.engine.job import Job
 from corank.errors import CorankError
 from corank.evaluate.perplexity import adds_bos
-from corank.model import ResidentModel, Text, calibration, read_text, select_sites
+from corank.model import Examples, ResidentModel, Text, calibration, read_text, select_sites
 from corank.recipe import Recipe, get
+
+Data = str | Path | Text | Examples | Sequence[Mapping[str, Any]]
+"""Calibration data: a source of text, or batches of model inputs."""
+
+
+def _calibration_data(data: Data) -> Text | Examples:
+    if isinstance(data, Text | Examples):
+        return data
+    return read_text(data) if isinstance(data, str | Path) else Examples.of(data)
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class Order:
         settings: all its parameters and the common fields that were set.
         recipe: built from them.
         budget: None if the recipe has a rank rule of its own and no budget was given.
-        text: calibration text, None if the recipe measures nothing.
+        text: calibration text or examples, None if the recipe measures nothing.
         samples, length, seed, batch: of the calibration.
     """
 
@@ -34,7 +43,7 @@ class Order:
     settings: dict[str, Any]
     recipe: Recipe
     budget: Budget | None
-    text: Text | None
+    text: Text | Examples | None
     samples: int = 64
     length: int = 512
     seed: int = 0
@@ -47,7 +56,7 @@ class Order:
         budget: Mapping[str, Any],
         scope: str | None,
         settings: Mapping[str, Any],
-        data: str | Path | Text,
+        data: Data,
         **rest: Any,
     ) -> Order:
         """Check everything that can be checked without the model.
@@ -62,8 +71,13 @@ class Order:
         scope = scope or ("model" if size else "sites")
         limit = Budget.parse(**budget, scope=scope) if given or recipe.rule is None else None
         needs_text = bool(recipe.statistics) or recipe.sequential
-        text = (data if isinstance(data, Text) else read_text(data)) if needs_text else None
+        text = _calibration_data(data) if needs_text else None
         return cls(method, {**entry.parameters, **settings}, recipe, limit, text, **rest)
+
+    @property
+    def example(self) -> Mapping[str, Any] | None:
+        """Model inputs of the shapes that will come, None for text."""
+        return self.text.items[0] if isinstance(self.text, Examples) else None
 
     def identity(self) -> dict[str, Any]:
         """The order as JSON; two orders with the same identity give the same result on the same model."""
@@ -83,9 +97,12 @@ class Order:
         Raises:
             CorankError: unknown sites, a text too short, a budget below what is not compressed.
         """
-        sites = select_sites(source.outline.sites, self.recipe.targets, self.recipe.ignore)
+        plan = source.outline
+        sites = select_sites(plan.sites, self.recipe.targets, self.recipe.ignore, plan.optional)
         data = None
-        if self.text is not None:
+        if isinstance(self.text, Examples):
+            data = self.text.calibration()
+        elif self.text is not None:
             if tokenizer is None:
                 raise CorankError("Give tokenizer=..., which calibration needs.")
             data = calibration(tokenizer, self.text, self.samples, self.length, self.seed, bos=adds_bos(tokenizer))

@@ -58,6 +58,7 @@ Rule = Callable[[RankChoice], dict[str, int]]
 """A paper's own rank rule: rank by site name; sites left out stay dense."""
 
 TARGETS = ("dense", "shifted", "anchored")
+LABELS = ("data", "sampled")
 
 
 def plain(_measured: Measured) -> Geometry:
@@ -79,6 +80,8 @@ class Recipe:
         rule: the paper's own rank rule, in place of an allocator; None: `allocate` is used.
         target: what the factorized layer should reproduce: "dense" W on the dense model's inputs (one shot), "shifted"
             W on the inputs it will really see, "anchored" the dense model's output from the inputs it will really see.
+        labels: what gradients are taken of: "data", the loss on the text itself (empirical Fisher), or "sampled", on tokens
+            drawn from the model's predictions (true Fisher).
         refit: refit B by least squares on the inputs the layer will really see (SVD-LLM's update).
         affine: measure about the mean input and let the bias absorb the mean (LoRD); needs the statistic "gram".
         pack: store the result in pivoted form, which is smaller at the same rank.
@@ -95,6 +98,7 @@ class Recipe:
     currency: str = "relative"
     rule: Rule | None = None
     target: str = "dense"
+    labels: str = "data"
     refit: bool = False
     affine: bool = False
     pack: bool = False
@@ -108,6 +112,8 @@ class Recipe:
             raise unknown("allocator", self.allocate, ALLOCATORS)
         if self.target not in TARGETS:
             raise unknown("target", self.target, TARGETS)
+        if self.labels not in LABELS:
+            raise unknown("kind of labels", self.labels, LABELS)
         if self.currency not in ("relative", "energy"):
             raise unknown("currency", self.currency, ("relative", "energy"))
         if self.multiple_of < 1 or not 0 <= self.floor <= 1:
@@ -136,7 +142,19 @@ COMMON: dict[str, Any] = {
     f.name: f.default
     for f in dataclasses.fields(Recipe)
     if f.name
-    in ("allocate", "currency", "target", "refit", "affine", "pack", "targets", "ignore", "floor", "multiple_of")
+    in (
+        "allocate",
+        "currency",
+        "target",
+        "labels",
+        "refit",
+        "affine",
+        "pack",
+        "targets",
+        "ignore",
+        "floor",
+        "multiple_of",
+    )
 }
 
 
@@ -254,7 +272,22 @@ def get(name: str) -> Method:
     return _METHODS[name]
 
 
-RUN_KEYS = ("method", "set", "keep", "remove", "params", "bytes", "scope", "samples", "length", "seed", "data", "model")
+RUN_KEYS = (
+    "method",
+    "set",
+    "keep",
+    "remove",
+    "params",
+    "bytes",
+    "max_perplexity_increase",
+    "heldout",
+    "scope",
+    "samples",
+    "length",
+    "seed",
+    "data",
+    "model",
+)
 
 
 def to_yaml(run: Mapping[str, Any]) -> str:

@@ -8,121 +8,32 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sample_curves import (
+    KINDS,
+    check_choices,
+    convex_curve,
+    cur,
+    largest_hull_gain,
+    least_loss,
+    low_rank,
+    options_of,
+    pivoted,
+    pivoted_values,
+    problems,
+    spectrum_curve,
+    total_cost,
+    total_loss,
+)
 
 from corank.budget import ALLOCATORS, Curve, allocator, count_break_even, lagrange, uniform
 from corank.errors import CorankError
 
-
-def low_rank(m, n, k):
-    return k * (m + n)
-
-
-def pivoted(m, n, k):
-    return k * (m + n - k) + k
-
-
-def pivoted_values(m, n, k):
-    """Without the k indices."""
-    return k * (m + n - k)
-
-
-def cur(m, n, r):
-    return r * (m + n) + r * r
-
-
-KINDS = {"low_rank": low_rank, "pivoted": pivoted, "cur": cur}
-
-
-def spectrum_curve(site, shape, count, energy):
-    """Discarded energy at every rank."""
-    energy = np.sort(np.asarray(energy, dtype=np.float64))[::-1]
-    loss = np.append(np.cumsum(energy[::-1])[::-1], 0.0)
-    return Curve.from_count(site, shape, count, loss)
-
-
-def convex_curve(site, gains, step=1):
-    """Equal steps with falling gains, dense being the last of them: all points are on the hull."""
-    gains = np.sort(np.asarray(gains, dtype=np.float64))[::-1]
-    loss = np.append(np.cumsum(gains[::-1])[::-1], 0.0)
-    p = len(gains)
-    return Curve(site, (p, p), np.arange(p), loss[:-1], step * np.arange(p), step * p)
-
-
-def total_cost(curves, ranks):
-    return sum(curve.cost_at(ranks[curve.site]) for curve in curves)
-
-
-def total_loss(curves, ranks):
-    return math.fsum(curve.loss_at(ranks[curve.site]) for curve in curves)
-
-
-def options_of(curve, multiple_of=1):
-    """(cost, loss) of all admissible choices, straight from the definition."""
-    points = [(curve.dense_cost, 0.0)]
-    for rank, cost, loss in zip(curve.ranks, curve.cost, curve.loss, strict=True):
-        whole = rank % multiple_of == 0 or rank == min(curve.shape)
-        if whole and cost < curve.dense_cost:
-            points.append((int(cost), float(loss)))
-    return points
-
-
-def knapsack(curves, limit, multiple_of=1):
-    """Least loss by dynamic programming over every whole cost up to the limit."""
-    best = np.zeros(limit + 1)
-    for curve in curves:
-        new = np.full(limit + 1, np.inf)
-        for cost, loss in options_of(curve, multiple_of):
-            if cost <= limit:
-                new[cost:] = np.minimum(new[cost:], best[: limit + 1 - cost] + loss)
-        best = new
-    return best[limit]
-
-
-def largest_hull_gain(curves, multiple_of=1):
-    """Largest loss saved by one edge of a lower hull; hull found by trying every pair of points."""
-    largest = 0.0
-    for curve in curves:
-        points = sorted(options_of(curve, multiple_of))
-        at = min(points)
-        while True:
-            later = [p for p in points if p[0] > at[0] and p[1] < at[1]]
-            if not later:
-                break
-            nxt = min(later, key=lambda p, at=at: ((p[1] - at[1]) / (p[0] - at[0]), -p[0]))
-            largest = max(largest, at[1] - nxt[1])
-            at = nxt
-    return largest
-
-
-@st.composite
-def problems(draw, max_side=6, max_sites=5):
-    curves = []
-    for index in range(draw(st.integers(1, max_sites))):
-        m, n = draw(st.integers(1, max_side)), draw(st.integers(1, max_side))
-        count = KINDS[draw(st.sampled_from(sorted(KINDS)))]
-        p = min(m, n)
-        if draw(st.booleans()):
-            energy = draw(st.lists(st.integers(0, 50), min_size=p, max_size=p))
-            curves.append(spectrum_curve(f"s{index}", (m, n), count, energy))
-        else:  # any shape at all: not monotone, not convex
-            loss = draw(st.lists(st.integers(0, 100), min_size=p + 1, max_size=p + 1))
-            curves.append(Curve.from_count(f"s{index}", (m, n), count, loss))
-    dense = sum(curve.dense_cost for curve in curves)
-    return curves, draw(st.integers(0, dense + 3))
-
-
-def check_choices(curves, ranks, limit, multiple_of=1):
-    assert set(ranks) == {curve.site for curve in curves}
-    assert total_cost(curves, ranks) <= limit
-    for curve in curves:
-        rank = ranks[curve.site]
-        if rank is not None:
-            assert rank % multiple_of == 0 or rank == min(curve.shape)
-            assert curve.cost_at(rank) < curve.dense_cost
+#: those that need losses
+INFORMED = sorted(set(ALLOCATORS) - {"uniform"})
 
 
 @pytest.mark.parametrize("name", sorted(ALLOCATORS))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problem=problems(), multiple_of=st.integers(1, 3), floor=st.sampled_from([0.0, 0.3, 0.5, 1.0]))
 def test_never_above_the_limit(name, problem, multiple_of, floor):
     curves, limit = problem
@@ -130,12 +41,13 @@ def test_never_above_the_limit(name, problem, multiple_of, floor):
     check_choices(curves, ranks, limit, multiple_of)
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("name", INFORMED)
+@settings(max_examples=60, deadline=None)
 @given(problem=problems(), multiple_of=st.integers(1, 3))
-def test_lagrange_leaves_no_room_for_any_upgrade(problem, multiple_of):
+def test_no_room_is_left_for_any_upgrade(name, problem, multiple_of):
     """Hence the cost is at least the limit minus the largest step, unless nothing more can be saved."""
     curves, limit = problem
-    ranks = lagrange(curves, limit, multiple_of=multiple_of)
+    ranks = ALLOCATORS[name](curves, limit, multiple_of=multiple_of)
     left = limit - total_cost(curves, ranks)
     for curve in curves:
         cost, loss = curve.cost_at(ranks[curve.site]), curve.loss_at(ranks[curve.site])
@@ -146,10 +58,10 @@ def test_lagrange_leaves_no_room_for_any_upgrade(problem, multiple_of):
 
 @settings(max_examples=100, deadline=None)
 @given(problem=problems())
-def test_lagrange_is_within_one_hull_step_of_the_knapsack(problem):
+def test_lagrange_is_within_one_hull_step_of_the_least_loss(problem):
     curves, limit = problem
     loss = total_loss(curves, lagrange(curves, limit))
-    best = knapsack(curves, limit)
+    best = least_loss(curves, limit)
     assert loss >= best - 1e-9
     assert loss - best <= largest_hull_gain(curves) + 1e-9
 
@@ -163,7 +75,7 @@ def test_lagrange_is_within_one_hull_step_of_the_knapsack(problem):
 def test_lagrange_is_the_knapsack_optimum_on_convex_curves_with_equal_steps(gains, step, data):
     curves = [convex_curve(f"s{i}", g, step) for i, g in enumerate(gains)]
     limit = data.draw(st.integers(0, sum(c.dense_cost for c in curves)))
-    assert total_loss(curves, lagrange(curves, limit)) == pytest.approx(knapsack(curves, limit), abs=1e-9)
+    assert total_loss(curves, lagrange(curves, limit)) == pytest.approx(least_loss(curves, limit), abs=1e-9)
 
 
 @settings(max_examples=40, deadline=None)
@@ -191,16 +103,17 @@ def test_lagrange_is_worse_than_uniform_by_less_than_one_hull_step(problem):
     assert mine <= even + largest_hull_gain(curves)
 
 
+@pytest.mark.parametrize("name", sorted(ALLOCATORS))
 @pytest.mark.parametrize("energy", ["decaying", "flat"])
 @pytest.mark.parametrize("multiple_of", [1, 4])
 @pytest.mark.parametrize("keep", [0.2, 0.37, 0.5])
-def test_identical_curves_get_equal_ranks_within_one_step(energy, multiple_of, keep):
+def test_identical_curves_get_equal_ranks_within_one_step(name, energy, multiple_of, keep):
     spectrum = np.ones(64) if energy == "flat" else np.arange(1, 65) ** -0.3
-    # Only the ranks below break-even, so that dense (on the hull of slow decays) does not break the symmetry.
+    # Only ranks below break-even, and dense one step above: a jump to dense would break the symmetry.
     whole = [spectrum_curve(f"s{i}", (64, 64), low_rank, spectrum) for i in range(6)]
-    curves = [Curve(c.site, c.shape, c.ranks[:31], c.loss[:31] - c.loss[31], c.cost[:31], c.cost[31]) for c in whole]
+    curves = [Curve(c.site, c.shape, c.ranks[:28], c.loss[:28] - c.loss[28], c.cost[:28], c.cost[28]) for c in whole]
     dense = sum(curve.dense_cost for curve in curves)
-    ranks = lagrange(curves, int(keep * dense), multiple_of=multiple_of)
+    ranks = ALLOCATORS[name](curves, int(keep * dense), multiple_of=multiple_of)
     assert None not in ranks.values()
     assert max(ranks.values()) - min(ranks.values()) <= multiple_of
     assert max(ranks.values()) > 0
@@ -225,13 +138,45 @@ def test_dense_is_taken_where_it_is_best():
     limit = 256 + 3 * 32
     ranks = lagrange([flat, steep], limit)
     assert ranks["flat"] is None and ranks["steep"] == 3
-    assert total_loss([flat, steep], ranks) == pytest.approx(knapsack([flat, steep], limit))
+    assert total_loss([flat, steep], ranks) == pytest.approx(least_loss([flat, steep], limit))
 
 
-def test_a_rank_deficient_site_is_not_stored_dense():
+@pytest.mark.parametrize("name", INFORMED)
+def test_a_rank_deficient_site_is_not_stored_dense(name):
     curve = spectrum_curve("s", (16, 16), low_rank, [4, 3, 2, 1] + [0] * 12)
-    assert lagrange([curve], 256) == {"s": 4}
-    assert lagrange([curve], 10_000) == {"s": 4}
+    for limit in (128, 256, 10_000):
+        assert ALLOCATORS[name]([curve], limit) == {"s": 4}
+    full = spectrum_curve("t", (16, 16), low_rank, np.arange(1, 17))
+    ranks = ALLOCATORS[name]([curve, full], 512)
+    assert ranks == {"s": 4, "t": None}
+
+
+@pytest.mark.parametrize("name", INFORMED)
+@pytest.mark.parametrize("power", [-600, 600])
+def test_the_unit_of_the_loss_does_not_matter(name, power):
+    energy = np.random.default_rng(0).random((5, 20)) ** np.arange(1, 6)[:, None]
+    curves = [
+        spectrum_curve(f"s{i}", (20, 24), pivoted, e, role="qkvvv"[i], importance=i) for i, e in enumerate(energy)
+    ]
+    for limit in (500, 1000, 2000):
+        expected = ALLOCATORS[name](curves, limit)
+        assert ALLOCATORS[name]([curve.weighted(2.0**power) for curve in curves], limit) == expected
+
+
+@pytest.mark.parametrize("name", INFORMED)
+def test_matrices_of_zeros_take_nothing_from_the_others(name):
+    zeros = [spectrum_curve(f"z{i}", (12, 12), low_rank, np.zeros(12)) for i in range(3)]
+    other = spectrum_curve("s", (12, 12), low_rank, np.arange(1, 13))
+    assert ALLOCATORS[name](zeros, 400) == {"z0": 0, "z1": 0, "z2": 0}
+    assert ALLOCATORS[name]([*zeros, other], 100) == {"z0": 0, "z1": 0, "z2": 0, "s": 4}
+
+
+@pytest.mark.parametrize("name", INFORMED)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_losses_that_are_not_known_are_refused(name, bad):
+    good = spectrum_curve("good", (4, 4), low_rank, [3, 2, 1, 1])
+    with pytest.raises(CorankError, match="losses of 's' are not all finite; use allocator 'uniform'"):
+        ALLOCATORS[name]([good, Curve.from_count("s", (4, 4), low_rank, [7, bad, 2, 1, 0])], 20)
 
 
 def test_a_form_as_large_as_dense_is_not_used():
@@ -262,16 +207,17 @@ def test_one_site_gets_the_largest_rank_that_fits():
         curve = spectrum_curve("s", (40, 30), count, np.arange(1, 31))
         for limit in (0, 69, 70, 500, 1199):
             expected = max(k for k in range(31) if count(40, 30, k) <= limit)
-            assert lagrange([curve], limit) == {"s": expected}
-            assert uniform([curve], limit) == {"s": expected}
+            for name in ALLOCATORS:
+                assert ALLOCATORS[name]([curve], limit) == {"s": expected}
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("name", INFORMED)
+@settings(max_examples=40, deadline=None)
 @given(problem=problems(max_side=12), floor=st.sampled_from([0.25, 0.3, 0.5, 1.0]), multiple_of=st.integers(1, 3))
-def test_floor_is_a_fraction_of_the_uniform_rank(problem, floor, multiple_of):
+def test_floor_is_a_fraction_of_the_uniform_rank(name, problem, floor, multiple_of):
     curves, limit = problem
     even = uniform(curves, limit, multiple_of=multiple_of)
-    ranks = lagrange(curves, limit, floor=floor, multiple_of=multiple_of)
+    ranks = ALLOCATORS[name](curves, limit, floor=floor, multiple_of=multiple_of)
     for site, rank in ranks.items():
         if rank is not None and even[site] is not None:
             assert rank >= math.ceil(round(floor * even[site], 9))
@@ -323,7 +269,7 @@ def test_multiples_are_allocated_as_well_as_any_other_ranks(problem):
     curves, limit = problem
     ranks = lagrange(curves, limit, multiple_of=4)
     check_choices(curves, ranks, limit, multiple_of=4)
-    best = knapsack(curves, limit, multiple_of=4)
+    best = least_loss(curves, limit, multiple_of=4)
     assert best - 1e-9 <= total_loss(curves, ranks) <= best + largest_hull_gain(curves, 4) + 1e-9
 
 

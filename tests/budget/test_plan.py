@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from corank.budget import Choice, Curve, Plan, make_plan
+from corank.budget import ALLOCATORS, Choice, Curve, Plan, make_plan
 from corank.errors import CorankError
 
 
@@ -50,7 +50,7 @@ def test_unknown_losses_give_no_prediction_and_valid_json():
     assert Plan.from_json(made.to_json()) == made
 
 
-@pytest.mark.parametrize("allocator", ["uniform", "lagrange"])
+@pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
 def test_json_round_trip(allocator):
     made = plan(allocator=allocator)
     assert Plan.from_json(made.to_json()) == made
@@ -93,6 +93,17 @@ def test_curve_of_a_group_has_its_own_dense_cost():
     group = Curve("qkv", (18, 6), np.arange(7), np.arange(7)[::-1], count(18, 6, np.arange(7)), 108)
     assert group.cost_at(None) == 108 and group.loss_at(None) == 0
     assert group.cost_at(3) == 72 and group.loss_at(3) == 3
+
+
+def test_curves_know_where_their_site_stands():
+    plain = curve("a")
+    assert (plain.role, plain.layer, plain.importance) == ("", 0, 1.0)
+    placed = Curve.from_count("a", (8, 6), count, role="up", layer=3, importance=0.25)
+    for one in (placed, placed.weighted(2.0)):
+        assert (one.role, one.layer, one.importance) == ("up", 3, 0.25)
+    for bad in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(CorankError, match="importance of 'a'"):
+            Curve.from_count("a", (8, 6), count, importance=bad)
 
 
 def test_thinned_ranks():

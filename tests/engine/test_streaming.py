@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from corank.engine.gradients import next_token_loss, sweep
+from corank.engine.gradients import draw, next_token_loss, sweep
 from corank.engine.stream import Stream
 from corank.errors import CorankError
 from corank.model import ResidentModel, StreamedModel
@@ -90,7 +90,19 @@ def test_the_gradient_sweep_is_back_propagation(name, rounds, monkeypatch):
     if rounds == "many":
         monkeypatch.setattr("corank.engine.gradients.ACTIVATION_BYTES", 1)
     source = ResidentModel(model)
-    found = sweep(source, data, 2, source.outline.sites, ["fisher", "gradient"], lambda *_: None)
+    found, parts = {}, []
+
+    def keep(layer, part, table):
+        parts.append((layer, part.first, part.last))
+        for name, named in table.items():
+            for kind, statistic in named.items():
+                known = found.setdefault(name, {}).get(kind)
+                found[name][kind] = statistic if known is None else known.merge(statistic)
+
+    sweep(source, data, 2, source.outline.sites, ["fisher", "gradient"], lambda *_: None, keep)
+    layers = range(source.outline.layers)
+    many = [[(layer, start, not start) for layer in reversed(layers)] for start in (True, False)]
+    assert parts == (sum(many, []) if rounds == "many" else [(layer, True, True) for layer in reversed(layers)])
     expected = {s.name: torch.zeros(s.shape[1], dtype=torch.float64) for s in source.outline.sites}
     for i in range(len(data.ids)):
         ids, mask = data.ids[i : i + 1], data.mask[i : i + 1]
@@ -131,3 +143,25 @@ def test_truncated_and_missing_shards_are_one_sentence(tmp_path):
     shard.unlink()
     with pytest.raises(CorankError, match="lacks the shard"):
         StreamedModel(folder)
+
+
+def test_drawn_labels_give_the_curvature_of_the_predictions():
+    """E[(p - e_y)(p - e_y)^T] over labels y drawn from p is diag(p) - p p^T, the Hessian of the loss."""
+    z = torch.randn(1, 1, 5, dtype=torch.float64)
+    p = torch.softmax(z[0, 0], -1)
+    drawn = draw(z.expand(1, 200_000, 5), torch.Generator().manual_seed(0))
+    g = p - torch.nn.functional.one_hot(drawn[0], 5)
+    torch.testing.assert_close(g.T @ g / len(g), torch.diag(p) - torch.outer(p, p), rtol=0, atol=4e-3)
+
+
+def test_the_gradient_at_a_token_does_not_depend_on_how_many_there_are():
+    """Losses are summed, so that E[g g^T] is per token and its quadratic form is in nats per token."""
+    logits = torch.randn(3, 6, 7, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(7, (3, 6))
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[2, 4:] = False
+    whole = torch.autograd.grad(next_token_loss(logits, ids, mask, True), logits)[0]
+    for i, length in enumerate((6, 6, 4)):
+        part = logits[i : i + 1, :length]
+        alone = torch.autograd.grad(next_token_loss(part, ids[i : i + 1, :length], None, True), logits)[0]
+        torch.testing.assert_close(whole[i], alone[i], rtol=1e-6, atol=1e-9)

@@ -389,3 +389,17 @@ def test_repeated_calls_are_identical():
 def test_bad_input_is_one_sentence(arguments, sentence):
     with pytest.raises(CorankError, match=sentence):
         truncate(**arguments)
+
+
+@pytest.mark.parametrize("shape", TALL_AND_WIDE)
+@pytest.mark.parametrize("precision", ["double", "mixed"])
+def test_two_sided_float32_weights_lose_what_float64_ones_lose(shape, precision):
+    m, n = shape
+    W, X, Y = randn(m, n), inputs(n, 200), inputs(m, 200, seed=9)
+    G, R = X @ X.T, Y @ Y.T
+    exact = truncate(W, G, R=R).loss()
+    t = truncate(W.float(), G, R=R, precision=precision)
+    for k in (1, min(m, n) // 2):
+        B, A = t.pair(W.float(), k)
+        assert B.dtype == A.dtype == torch.float32
+        assert loss(W, (B @ A).double(), G, R) == pytest.approx(float(exact[k]), rel=1e-3)

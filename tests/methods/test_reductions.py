@@ -7,7 +7,7 @@ import torch
 
 from corank import recipe
 from corank.factorize import Measured
-from corank.statistics import Fisher, Gram, Moments
+from corank.statistics import Fisher, Gram, Moments, OutputMetric
 
 SHAPE = (11, 8)
 
@@ -109,3 +109,37 @@ def test_cur_fast_is_exact_at_the_rank_of_the_weight(form):
     geometry = made.geometry(Measured(data(random_gram()), {}))
     found = made.factorize.factorize(W, geometry, 3, torch.Generator().manual_seed(1)).factors.dense()
     torch.testing.assert_close(found, W, rtol=1e-8, atol=1e-9)
+
+
+def random_output_metric(seed=5):
+    g = torch.randn(60, SHAPE[0], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    g = g @ torch.randn(SHAPE[0], SHAPE[0], generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    return OutputMetric(g.T @ g / len(g), 60)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+@pytest.mark.parametrize("name", ["kfac-svd", "best"])
+def test_without_output_metric_the_two_sided_methods_are_svd_llm(name, rank):
+    """R = c I: by full shrinkage, or because the gradients are white."""
+    results = data(random_gram())
+    expected = dense("svd-llm", results, rank)
+    metric = {"gradient": random_output_metric(), "clipped-gradient": random_output_metric()}
+    found = dense(name, {**results, **metric}, rank, shrink_inputs=0.0, shrink_outputs=1.0)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+    white = OutputMetric(3.0 * torch.eye(SHAPE[0], dtype=torch.float64), 60)
+    found = dense(name, {**results, "gradient": white, "clipped-gradient": white}, rank, shrink_inputs=0.0)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["kfac-svd", "best"])
+def test_the_two_sided_methods_have_the_least_predicted_change_of_the_loss(name):
+    """No rank-3 matrix does better under || R^{1/2} (W - W') G^{1/2} ||, the shrinkage included; svd-llm does worse."""
+    metric = random_output_metric()
+    results = {**data(random_gram()), "gradient": metric, "clipped-gradient": metric}
+    made = recipe.get(name).recipe()
+    geometry = made.geometry(Measured(results, {}))
+    best = geometry.loss(weight() - dense(name, results, 3))
+    root = lambda M: torch.linalg.cholesky(M)  # noqa: E731
+    energy = torch.linalg.svdvals(root(geometry.R).T @ weight() @ root(geometry.right.G)).square()
+    assert best == pytest.approx(float(energy[3:].sum()), rel=1e-8)
+    assert geometry.loss(weight() - dense("svd-llm", results, 3)) > 1.001 * best

@@ -12,13 +12,22 @@ from corank.statistics import STATISTICS, NonFinite
 
 B, T, M, N = 7, 5, 4, 3
 NAMES = sorted(STATISTICS)
-SIZES = {"gram": (N,), "moments": (N,), "cross": (N,), "fisher": (M, N), "gradient": (M,), "angular": ()}
+SIZES = {
+    "gram": (N,),
+    "moments": (N,),
+    "cross": (N,),
+    "fisher": (M, N),
+    "gradient": (M,),
+    "clipped-gradient": (M,),
+    "angular": (),
+}
 WIDTHS = {
     "gram": (N,),
     "moments": (N,),
     "cross": (N, N),
     "fisher": (N, M),
     "gradient": (M,),
+    "clipped-gradient": (M,),
     "angular": (N, N),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -28,9 +29,14 @@ class Curve:
         loss: float64 [K], predicted loss; NaN where it is not known (enough for `uniform`).
         cost: int64 [K], stored values, never falling as the rank grows.
         dense_cost: stored values when dense.
+        role: role of the matrix in its layer (q, k, v, o, gate, up, down, ...); some allocators share a budget among
+            the sites of one role. "" is a role like any other.
+        layer: index of its layer.
+        importance: how much the layer matters, finite and not negative, in any unit common to the sites; only what
+            `swift_svd` reads.
 
     Raises:
-        CorankError: if the arrays differ in length or are not ordered as said.
+        CorankError: if the arrays differ in length or are not ordered as said, or the importance is out of range.
     """
 
     site: str
@@ -39,6 +45,9 @@ class Curve:
     loss: np.ndarray
     cost: np.ndarray
     dense_cost: int
+    role: str = ""
+    layer: int = 0
+    importance: float = 1.0
 
     def __post_init__(self) -> None:
         for field, dtype in (("ranks", np.int64), ("loss", np.float64), ("cost", np.int64)):
@@ -54,6 +63,8 @@ class Curve:
             raise CorankError(f"The curve of {self.site!r} has ranks outside 0..{min(self.shape)}.")
         if (np.diff(self.ranks) <= 0).any() or (np.diff(self.cost) < 0).any():
             raise CorankError(f"The curve of {self.site!r} needs ascending ranks with costs that never fall.")
+        if not (math.isfinite(self.importance) and self.importance >= 0):
+            raise CorankError(f"The importance of {self.site!r} is {self.importance}; give a number of at least 0.")
 
     @classmethod
     def from_count(
@@ -63,6 +74,10 @@ class Curve:
         count: CountFn,
         loss: Any = None,
         ranks: Iterable[int] | None = None,
+        *,
+        role: str = "",
+        layer: int = 0,
+        importance: float = 1.0,
     ) -> Curve:
         """The curve of a factor kind.
 
@@ -72,6 +87,9 @@ class Curve:
             count: ``count(m, n, rank)`` of the kind.
             loss: array-like [K]; None: not known.
             ranks: [K]; None: 0, 1, ... as long as ``loss``, or up to min(m, n).
+            role: as in `Curve`.
+            layer: as in `Curve`.
+            importance: as in `Curve`.
         """
         m, n = shape
         if ranks is None:
@@ -79,7 +97,7 @@ class Curve:
         at = np.fromiter(ranks, dtype=np.int64)
         cost = np.fromiter((count(m, n, rank) for rank in at.tolist()), dtype=np.int64, count=len(at))
         losses = np.full(len(at), np.nan) if loss is None else np.asarray(loss, dtype=np.float64)
-        return cls(site, (m, n), at, losses, cost, m * n)
+        return cls(site, (m, n), at, losses, cost, m * n, role, layer, importance)
 
     def weighted(self, weight: float) -> Curve:
         """The same with every loss multiplied by ``weight`` (the currency of the site)."""

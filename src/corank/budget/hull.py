@@ -10,6 +10,23 @@ from scipy.optimize import isotonic_regression
 _ON_HULL = 1e-12
 
 
+def improving(cost: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Points that lose less than every cheaper one, and least among those of their cost.
+
+    Args:
+        cost: int64 [K], not falling.
+        loss: float64 [K].
+
+    Returns:
+        int64 [p], indices: cost strictly rising, loss strictly falling.
+    """
+    below_all_before = np.ones(len(loss), dtype=bool)
+    below_all_before[1:] = loss[1:] < np.minimum.accumulate(loss)[:-1]
+    points = np.flatnonzero(below_all_before)
+    last_at_this_cost = np.append(np.diff(cost[points]) > 0, True)
+    return points[last_at_this_cost]
+
+
 def hull_steps(cost: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Points on the lower convex hull of {(cost, loss)}, from the cheapest to the least loss, and its slopes.
 
@@ -24,11 +41,7 @@ def hull_steps(cost: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarr
         points int64 [p], indices of the points on the hull, loss strictly falling; slopes float64 [p-1],
         loss per unit of cost of the step between two points, negative and never falling.
     """
-    below_all_before = np.ones(len(loss), dtype=bool)
-    below_all_before[1:] = loss[1:] < np.minimum.accumulate(loss)[:-1]
-    points = np.flatnonzero(below_all_before)
-    last_at_this_cost = np.append(np.diff(cost[points]) > 0, True)
-    points = points[last_at_this_cost]
+    points = improving(cost, loss)
     if len(points) == 1:
         return points, np.empty(0)
     c, l = cost[points].astype(np.float64), loss[points]

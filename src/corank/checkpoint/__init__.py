@@ -9,6 +9,7 @@ from __future__ import annotations
 from corank.checkpoint.config import FORMAT_VERSION, CorankConfig
 from corank.checkpoint.dequantize import dequantize
 from corank.checkpoint.loading import load
+from corank.checkpoint.quantized import quantize_factors
 from corank.checkpoint.quantizer import CorankQuantizer, register
 from corank.checkpoint.saving import attach, check_target, finish_directory, publish, save
 from corank.checkpoint.skeleton import build, collect, factorized
@@ -30,6 +31,7 @@ __all__ = [
     "load",
     "norm_of",
     "publish",
+    "quantize_factors",
     "register",
     "save",
     "verify",

@@ -23,7 +23,8 @@ class CorankConfig(QuantizationConfigMixin):
         provenance: seed, hash of the calibration data, versions.
         fingerprint: name of a module -> Frobenius norm of its stored factors.
         files: name of a weight file -> its SHA-256.
-        factor_quantization: reserved; must be None in this version.
+        factor_quantization: how many matrices are stored as integers, {"library", "matrices": {"int8": 28, ...}};
+            which they are is in `modules`, from which this is made.
         unknown: keys of later minor versions, ignored.
 
     Raises:
@@ -42,7 +43,8 @@ class CorankConfig(QuantizationConfigMixin):
         factor_quantization: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
-        if format_version > FORMAT_VERSION or factor_quantization is not None:
+        quantized = count_quantized(modules or {})
+        if format_version > FORMAT_VERSION or (factor_quantization is not None and quantized is None):
             raise CorankError(
                 f"This checkpoint has corank format {format_version} and this package reads up to "
                 f"{FORMAT_VERSION}; upgrade with `pip install -U corank`."
@@ -55,4 +57,11 @@ class CorankConfig(QuantizationConfigMixin):
         self.provenance = provenance
         self.fingerprint = fingerprint
         self.files = files
-        self.factor_quantization = factor_quantization
+        self.factor_quantization = quantized
+
+
+def count_quantized(modules: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """What `factor_quantization` says, from the specs of the modules; None if all factors are in floating point."""
+    parts = [part for spec in modules.values() for part in spec.get("quantized", {}).values()]
+    names = [f"int{part['bits']}" for part in parts]
+    return {"library": "torchao", "matrices": {n: names.count(n) for n in sorted(set(names))}} if parts else None

@@ -22,6 +22,8 @@ def dequantize(model: Any) -> Any:
         The same object.
     """
     restore_dense(model)
+    if getattr(model, "_weight_conversions", None) == []:
+        del model._weight_conversions  # stored as the architecture is used to again
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, CorankQuantizer):
         quantizer.remove_quantization_config(model)

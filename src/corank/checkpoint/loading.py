@@ -43,7 +43,7 @@ def load(
         device: a device, `"auto"` or a device map; None is the CPU.
         verify: compare the SHA-256 of compressed weight files before loading. The norms of the factors are
             always compared after loading.
-        tokenizer: also load the tokenizer.
+        tokenizer: also load the tokenizer; a model of images or sound may have none.
         kwargs: passed on to `from_pretrained`.
 
     Returns:
@@ -60,7 +60,8 @@ def load(
     check_readable(files)
     if section is not None and not files:
         raise CorankError(f"{root} has no safetensors weights; download or write the model again.")
-    if tokenizer and not any((root / name).is_file() for name in TOKENIZER_FILES):
+    has_tokenizer = any((root / name).is_file() for name in TOKENIZER_FILES)
+    if tokenizer and not has_tokenizer and _reads_text(config):
         raise CorankError(f"{root} has no tokenizer; copy the tokenizer files of the original model into it.")
     if verify and section is not None:
         check_digests(root, section.files or {})
@@ -74,7 +75,7 @@ def load(
             **{"ignore_mismatched_sizes": True, **kwargs},
         )
         _refuse_random(root, info)
-        return model, _tokenizer(root, kwargs) if tokenizer else None
+        return model, _tokenizer(root, kwargs) if tokenizer and has_tokenizer else None
     except (CorankError, torch.OutOfMemoryError):
         raise
     except (OSError, RuntimeError, ValueError, KeyError, AttributeError, SafetensorError) as error:
@@ -105,6 +106,12 @@ def _model_class(config: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Any:
     if custom or config.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return transformers.AutoModelForCausalLM
     return transformers.AutoModel
+
+
+def _reads_text(config: Mapping[str, Any]) -> bool:
+    """Whether a model's main input is text; of an architecture that is not known, assumed."""
+    known = (getattr(transformers, name, None) for name in config.get("architectures") or [])
+    return all(getattr(cls, "main_input_name", "input_ids") == "input_ids" for cls in known if cls is not None)
 
 
 def _tokenizer(root: Path, kwargs: Mapping[str, Any]) -> Any:

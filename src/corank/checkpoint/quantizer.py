@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from corank.checkpoint.config import QUANT_METHOD, CorankConfig
+from corank.checkpoint.config import QUANT_METHOD, CorankConfig, count_quantized
+from corank.checkpoint.integers import need_torchao, plain, ready
 from corank.checkpoint.skeleton import build, collect, factorized, restore_dense
 from corank.checkpoint.verify import check_fingerprint, fingerprint
 from corank.errors import CorankError
@@ -28,7 +30,8 @@ class CorankQuantizer(HfQuantizer):
     """Builds the factorized modules before the weights arrive and checks them afterwards.
 
     The modules compute with ordinary floating-point parameters, so the model can be cast, trained, compiled,
-    saved and given adapters like any other.
+    saved and given adapters like any other. Where factors are stored as integers (`factor_quantization`), they are
+    tensors of torchao: such a model takes adapters, but its factors do not train.
     """
 
     # Forbids from_pretrained(<dense>, quantization_config=CorankConfig(...)): compressing is not loading.
@@ -41,14 +44,17 @@ class CorankQuantizer(HfQuantizer):
                 "Factorized modules cannot be split by tensor parallelism here; load with device_map, "
                 "or dequantize the model first."
             )
+        if self.quantization_config.factor_quantization:
+            need_torchao()
         build(model, self.quantization_config.modules)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        integers = ready(model)
         for layer in factorized(model).values():
             with align_module_device(layer):  # fetches what has been offloaded to disk
                 layer.finalize()
-        # Nothing here needs the protections of integer weights: .half(), .float() and .to(dtype) are fine.
-        model.is_quantized = False  # type: ignore[assignment]
+        # Without integer weights nothing needs their protections: .half(), .float() and .to(dtype) are fine.
+        model.is_quantized = integers > 0  # type: ignore[assignment]
         drop_fallback(model.config)
         if not is_fsdp_enabled():  # other ranks then hold placeholders until the weights are broadcast
             check_fingerprint(model, self.quantization_config.fingerprint or {})
@@ -58,16 +64,22 @@ class CorankQuantizer(HfQuantizer):
         drop_fallback(model.config)
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """Called by `save_pretrained` before it writes the config: bring the map and the norms up to date.
 
         The model may have been trained, or compressed further, since the config was made.
+
+        Returns:
+            (what to store where that is not the `state_dict` itself, no metadata).
         """
-        config = self.quantization_config
+        config, given = self.quantization_config, _given()
         if not getattr(model, "_hf_peft_config_loaded", False):
-            config.modules, config.fingerprint, config.files = collect(model), fingerprint(model), None
+            config.modules, config.fingerprint, config.files = collect(model), fingerprint(model, given), None
+            config.factor_quantization = count_quantized(config.modules)
             model.config.quantization_config = config  # type: ignore[union-attr]
-        return None, {}
+            if config.factor_quantization:
+                return plain(model.state_dict() if given is None else given), {}
+        return given, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -79,11 +91,21 @@ class CorankQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         """The factors themselves can be trained; without this the Trainer insists on adapters."""
-        return True
+        return not self.quantization_config.factor_quantization
 
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _given() -> dict[str, torch.Tensor] | None:
+    """The `state_dict` that `save_pretrained` was called with.
+
+    transformers forgets it as soon as there is a quantizer. Where a trainer has gathered it from all ranks it cannot
+    be had again: by then rank 0 is alone, and its own parameters are shards.
+    """
+    caller = sys._getframe(2)
+    return caller.f_locals.get("state_dict") if caller.f_code.co_name == "save_pretrained" else None
 
 
 def drop_fallback(config: Any) -> None:

@@ -13,13 +13,16 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from corank.checkpoint import modeling_corank
 from corank.checkpoint.config import CorankConfig
+from corank.checkpoint.integers import plain
 from corank.checkpoint.quantizer import FALLBACK_MODULE, CorankQuantizer
 from corank.checkpoint.skeleton import collect
 from corank.checkpoint.verify import INDEX, digests, fingerprint_of_files, weight_files
 from corank.errors import CorankError
+from corank.factors import ExpertList
 
 MARKER = ".corank-save"
 
@@ -58,6 +61,7 @@ def attach(
     """
     modules = collect(model) if modules is None else modules
     untie(model, modules)
+    keep_names(model, modules)
     before = getattr(model.config, "quantization_config", None)
     kept = before if isinstance(before, CorankConfig) else CorankConfig()
     config = CorankConfig(
@@ -90,6 +94,31 @@ def untie(model: Any, modules: Iterable[str]) -> None:
     model.all_tied_weights_keys = {}
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False
+
+
+def keep_names(model: Any, modules: Iterable[str]) -> None:
+    """Store a model under its own names if the architecture's conversions would catch a factor.
+
+    Some architectures store other names and shapes than they compute with (experts one by one), and convert by
+    patterns on the name.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    if any(isinstance(module, ExpertList) for module in model.modules()):
+        model._weight_conversions = []
+        return
+    known = getattr(model, "_weight_conversions", None)
+    conversions = get_model_conversion_mapping(model, add_legacy=False) if known is None else known
+    back = [conversion.reverse_transform() for conversion in conversions[::-1]]
+    renamings = [c for c in back if isinstance(c, WeightRenaming)]
+    converters = [c for c in back if isinstance(c, WeightConverter)]
+    for name in modules:
+        for part in model.get_submodule(name).state_dict(keep_vars=True):
+            key = f"{name}.{part}"
+            if rename_source_key(key, renamings, converters, reverse=True) != (key, None):
+                model._weight_conversions = []
+                return
 
 
 def save(
@@ -129,6 +158,11 @@ def save(
         raise CorankError(f"{partial} is left from an unfinished run; resume that run or remove the directory.")
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise CorankError("The model carries adapters; merge them first with `model = model.merge_and_unload()`.")
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise CorankError(
+            "The model is sharded over processes; gather it on all of them, and on rank 0 save it with "
+            "`model.save_pretrained(out, state_dict=accelerator.get_state_dict(model))`."
+        )
     modules = collect(model)
     if modules:
         attach(model, modules, recipe=recipe, plan=plan, provenance=provenance)
@@ -244,7 +278,7 @@ def _refuse_non_finite(norms: Mapping[str, float]) -> None:
 def _check_space(model: Any, folder: Path) -> None:
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in model.state_dict().values()
+        for tensor in plain(model.state_dict()).values()
         if isinstance(tensor, torch.Tensor) and not tensor.is_meta
     }
     needed, free = sum(storages.values()), shutil.disk_usage(folder).free

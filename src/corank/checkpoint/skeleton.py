@@ -9,8 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from corank.checkpoint.integers import reserve, specs_of
 from corank.errors import CorankError, unknown
-from corank.factors import KINDS, DenseLinear, FactorizedLinear, as_stock, replace, shape_of, wire
+from corank.factors import (
+    FORMS,
+    KINDS,
+    DenseLinear,
+    ExpertList,
+    FactorizedLinear,
+    TiedEmbedding,
+    as_stock,
+    replace,
+    shape_of,
+    stacked,
+    take_apart_for,
+    wire,
+    wire_tied,
+)
 
 
 def collect(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -19,10 +34,16 @@ def collect(model: nn.Module) -> dict[str, dict[str, Any]]:
     These are the factorized ones, and dense ones with a bias where the architecture has none.
     """
     return {
-        name: layer.spec()
+        name: describe(layer)
         for name, layer in model.named_modules()
         if isinstance(layer, FactorizedLinear) or (isinstance(layer, DenseLinear) and layer.added_bias)
     }
+
+
+def describe(layer: Any) -> dict[str, Any]:
+    """The spec of a layer, with how its parts are stored where that is not in floating point."""
+    quantized = specs_of(layer)
+    return {**layer.spec(), "quantized": quantized} if quantized else layer.spec()
 
 
 def factorized(model: nn.Module) -> dict[str, FactorizedLinear]:
@@ -50,13 +71,18 @@ def empty_layer(spec: Mapping[str, Any], device: torch.device | str, dtype: torc
     """The layer a spec describes, with uninitialised values.
 
     Raises:
-        CorankError: the kind is unknown.
+        CorankError: the kind or the form is unknown.
     """
     kind = spec.get("kind", "")
     if kind not in KINDS:
         raise unknown("kind of factors", kind, KINDS)
-    layer_class: Any = KINDS[kind][1]
-    return layer_class.from_spec(spec, bias=bool(spec.get("bias")), device=device, dtype=dtype)
+    form = spec.get("form")
+    if form is not None and form not in FORMS:
+        raise unknown("form of factors", form, FORMS)
+    layer_class: Any = KINDS[kind][1] if form is None else FORMS[form]
+    layer = layer_class.from_spec(spec, bias=bool(spec.get("bias")), device=device, dtype=dtype)
+    reserve(layer, spec.get("quantized") or {})
+    return layer
 
 
 def build(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
@@ -72,6 +98,8 @@ def build(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
     Raises:
         CorankError: a kind is unknown, or a spec does not fit the module it names.
     """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    take_apart_for(model, [n for name in modules for n in (name, name.removeprefix(prefix), prefix + name)])
     for name, spec in modules.items():
         found = resolve(model, name)
         if found is None:
@@ -82,19 +110,27 @@ def build(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
                 f"{name}: the checkpoint holds a matrix {spec['shape']} and this model expects "
                 f"{list(shape_of(old))}; config.json does not belong to these weights."
             )
-        bias = spec.get("bias", old.bias is not None)
+        bias = spec.get("bias", getattr(old, "bias", None) is not None)
         layer = empty_layer({**spec, "bias": bias}, old.weight.device, old.weight.dtype)
         if hasattr(layer, "basis"):
             layer.basis = resolve(model, layer.basis) or layer.basis
+        if hasattr(layer, "owner"):
+            layer.owner = resolve(model, layer.owner) or layer.owner
         replace(model, found, layer)
     wire(model)
+    wire_tied(model)
 
 
 def restore_dense(model: nn.Module) -> None:
     """Multiply the factors out and put layers of the architecture's own class back, in place.
 
     Warns about sites whose bias the architecture does not store: a dense checkpoint loses it when loaded.
+
+    Raises:
+        CorankError: there are adapters on the factors, which would be lost.
     """
+    if any(hasattr(part, "base_layer") for layer in factorized(model).values() for part in layer.children()):
+        raise CorankError("The factors carry adapters; merge them first with `model = model.merge_and_unload()`.")
     layers = factorized(model)
     added = [name for name, layer in layers.items() if layer.added_bias]
     if added:
@@ -103,5 +139,20 @@ def restore_dense(model: nn.Module) -> None:
             "a dense checkpoint saved from this model will lose it when loaded.",
             stacklevel=3,
         )
-    for name, layer in layers.items():
-        model.set_submodule(name, as_stock(layer, layer.transposed))
+    tied = any(isinstance(layer, TiedEmbedding) for layer in layers.values())
+    dense = {name: as_stock(layer, layer.transposed) for name, layer in layers.items()}  # some read others' factors
+    for name, layer in dense.items():
+        model.set_submodule(name, layer)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ExpertList):
+            model.set_submodule(name, stacked(module))
+    if tied:
+        tie_again(model)
+
+
+def tie_again(model: Any) -> None:
+    """Make one matrix of the embedding and the head of a model that was untied because both read the same factors."""
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = True
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
+    model.tie_weights()

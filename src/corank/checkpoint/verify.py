@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from corank.checkpoint.config import QUANT_METHOD, CorankConfig
+from corank.checkpoint.integers import floating, plain
 from corank.checkpoint.skeleton import empty_layer, factorized, resolve
 from corank.errors import CorankError
 
@@ -135,23 +136,30 @@ def norm_of(tensors: Iterable[Tensor]) -> float:
     return math.sqrt(total)
 
 
-def fingerprint(model: nn.Module) -> dict[str, float]:
+def fingerprint(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, float]:
     """Frobenius norm of the stored factors of every factorized module.
 
     Modules that are not in memory (offloaded, sharded over processes) are left out.
+
+    Args:
+        model: with factorized modules.
+        state: its `state_dict` where that is not to be taken from the model: gathered from several processes.
     """
     from torch.distributed.tensor import DTensor
 
     norms = {}
     for name, layer in factorized(model).items():
-        tensors = list(layer.state_dict().values())
+        own = layer.state_dict()
+        if state is not None and all(f"{name}.{part}" in state for part in own):
+            own = {part: state[f"{name}.{part}"] for part in own}
+        tensors = floating(plain(own))
         if not any(tensor.is_meta or isinstance(tensor, DTensor) for tensor in tensors):
             norms[name] = norm_of(tensors)
     return norms
 
 
 def fingerprint_of_files(files: Iterable[Path], modules: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The same norms read from safetensors files, one tensor in memory at a time.
+    """The same norms read from safetensors files, one module in memory at a time.
 
     Args:
         files: the weight files of one model.
@@ -163,7 +171,7 @@ def fingerprint_of_files(files: Iterable[Path], modules: Mapping[str, Mapping[st
     where = {key: file for file in files for key in _keys(file)}
     norms = {}
     for name, spec in modules.items():
-        squares = 0.0
+        tensors = {}
         for part, expected in empty_layer(spec, "meta", torch.float32).state_dict().items():
             key = f"{name}.{part}"
             if key not in where:
@@ -173,8 +181,8 @@ def fingerprint_of_files(files: Iterable[Path], modules: Mapping[str, Mapping[st
             if tensor.shape != expected.shape:
                 shapes = f"{list(tensor.shape)} in {where[key].name} and {list(expected.shape)} in config.json"
                 raise CorankError(f"{key} has shape {shapes}; they do not belong together.")
-            squares += norm_of([tensor]) ** 2
-        norms[name] = math.sqrt(squares)
+            tensors[part] = tensor
+        norms[name] = norm_of(floating(tensors))
     return norms
 
 

@@ -47,9 +47,14 @@ class DirectorySink:
 
     def put(self, layer: int, block: nn.Module, replacements: list[Replacement], rows: list[dict[str, Any]]) -> None:
         """Write a block; the note is written last and says that the block is complete. Its memory is freed."""
-        prefix = f"{self.source.outline.blocks}.{layer}."
-        tensors = {prefix + k: self._stored(v) for k, v in block.state_dict().items()}
-        write_tensors(self._file(layer), tensors)
+        path = self.source.outline.path(layer)
+        prefix = f"{path}." if path else ""
+        tensors = {prefix + k: v for k, v in block.state_dict().items()}
+        if not path:  # what lies around the blocks: of the model's state only that, and what is tied once
+            mine = {f"{r.site.name}." for r in replacements}
+            tensors = {k: v for k, v in tensors.items() if not self.source.outline.inside(k)}
+            tensors = {k: v for k, v in tensors.items() if k in self.source.keys or k.startswith(tuple(mine))}
+        write_tensors(self._file(layer), {k: self._stored(v) for k, v in tensors.items()})
         local = self.source.outline.local
         modules = {r.site.name: block.get_submodule(local(r.site)) for r in replacements}
         note = {
@@ -60,7 +65,8 @@ class DirectorySink:
             },
         }
         write_json(self._note(layer), note)
-        block.to("meta")
+        if path:
+            block.to("meta")
 
     def _stored(self, tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", self.dtype if tensor.is_floating_point() else tensor.dtype)
@@ -68,21 +74,26 @@ class DirectorySink:
     def notes(self) -> dict[str, dict[str, Any]]:
         """Specs ("modules") and "fingerprint" of all replaced modules."""
         merged: dict[str, dict[str, Any]] = {"modules": {}, "fingerprint": {}}
-        for layer in range(self.source.outline.layers):
+        for layer in self._layers():
             note = read_json(self._note(layer))
             for key, value in merged.items():
                 value.update(note[key])
         return merged
 
+    def _layers(self) -> list[int]:
+        """Numbers of the blocks, and of what lies around them if that was visited."""
+        layers = self.source.outline.layers
+        return [*range(layers), *([layers] if self._note(layers).is_file() else [])]
+
     def _tensors(self) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
         """(name, bytes, read) of every tensor of the result."""
-        blocks = self.source.outline.blocks + "."
+        around = self.source.outline.layers in self._layers()
         item = self.dtype.itemsize
         shapes = {n: t.numel() for n, t in self.source.model.state_dict().items()}
         for name in self.source.keys:
-            if not name.startswith(blocks):
+            if not around and not self.source.outline.inside(name):
                 yield name, shapes[name] * item, lambda name=name: self._stored(self.source.read(name))  # type: ignore[misc]
-        for layer in range(self.source.outline.layers):
+        for layer in self._layers():
             with safe_open(self._file(layer), framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     size = torch.Size(file.get_slice(name).get_shape()).numel() * item
@@ -126,12 +137,20 @@ class DirectorySink:
         return names
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy the small files that travel with weights: tokenizer, generation settings, chat template."""
-    for file in sorted(source.iterdir()):
+def small_files(source: Path, suffixes: tuple[str, ...] = (".json", ".txt", ".jinja")) -> list[Path]:
+    """The files that travel with weights: tokenizer or processor, generation settings, chat template."""
+
+    def travels(file: Path) -> bool:
         skip = file.name in ("config.json", "report.json") or "safetensors" in file.name
-        if file.is_file() and not skip and file.suffix in (".json", ".txt", ".model", ".jinja"):
-            shutil.copyfile(file, target / file.name)
+        return file.is_file() and not skip and file.suffix in suffixes
+
+    return [file for file in sorted(source.iterdir()) if travels(file)]
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the small files that travel with weights."""
+    for file in small_files(source, (".json", ".txt", ".model", ".jinja")):
+        shutil.copyfile(file, target / file.name)
 
 
 class MemorySink:

@@ -7,22 +7,45 @@ recomputing each. Twice the forward cost of ordinary back-propagation's, and nev
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from corank.engine.store import Table
 from corank.engine.stream import Stream
 from corank.model import Calibration, ResidentModel, Site
 from corank.statistics import STATISTICS, FisherDiagonal, Statistic
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of a layer's statistics is handed over: of the forward or of the backward pass, first, last or neither."""
+
+    forward: bool
+    first: bool
+    last: bool
+
+
+class Looks(Protocol):
+    """Gathers statistics of a block's inputs while running it."""
+
+    table: Table
+
+    def run(self, stream: Stream, block: nn.Module, i: int, hidden: Tensor) -> Tensor:
+        """Output of the block on batch i."""
+        ...
+
 
 ACTIVATION_BYTES = 1 << 31
 """Block inputs kept at once; more sequences than fit are swept in several rounds."""
 
 
 def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """Sum over the samples of each sample's mean negative log-likelihood per token.
+    """Negative log-likelihood of all samples: the gradient at a token does not depend on how many others there are.
 
     Args:
         logits: [batch, tokens, vocabulary].
@@ -34,7 +57,13 @@ def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor | None, causal: bo
         logits, ids, mask = logits[:, :-1], ids[:, 1:], None if mask is None else mask[:, 1:]
     nll = F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
     weight = torch.ones_like(nll) if mask is None else mask.to(nll)
-    return ((nll * weight).sum(1) / weight.sum(1).clamp_min(1)).sum()
+    return (nll * weight).sum()
+
+
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A token from the model's own distribution at every position: [batch, tokens, V] -> [batch, tokens]."""
+    p = torch.softmax(logits.float(), dim=-1)
+    return torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(p.shape[:-1])
 
 
 def sweep(
@@ -44,61 +73,89 @@ def sweep(
     sites: Iterable[Site],
     names: Iterable[str],
     report: Callable[[int, str], None],
-) -> dict[str, dict[str, Statistic]]:
-    """Gradient statistics of every site.
+    keep: Callable[[int, Part, Table], None],
+    *,
+    labels: str = "data",
+    seed: int = 0,
+    look: Callable[[int], Looks] | None = None,
+) -> None:
+    """Gradient statistics of every site, block by block from the last to the first.
+
+    If the activations of all sequences do not fit in `ACTIVATION_BYTES` there are several rounds, and a layer's
+    statistics come in several parts, to be merged.
 
     Args:
         source: the model.
         data: calibration windows.
         batch: sequences per forward pass.
         sites: where.
-        names: among "fisher" and "gradient".
+        names: statistics that need gradients.
         report: called with (layer, stage) as the sweep proceeds.
-
-    Returns:
-        site name -> name of the statistic -> the statistic.
+        keep: takes (layer, part, site name -> name of the statistic -> statistic).
+        labels: "data", the text itself (the empirical Fisher), or "sampled", tokens drawn from the model's own
+            predictions (the true Fisher, whose quadratic form is the change of the predictions).
+        seed: of the drawn labels.
+        look: layer -> what measures that block's inputs on the way forward; its table is kept by group.
     """
     names, sites = list(names), list(sites)
-    statistics: dict[str, dict[str, Statistic]] = {
-        s.name: {n: STATISTICS[n](*(s.shape if n == "fisher" else s.shape[:1])) for n in names} for s in sites
-    }
     by_layer = {layer: [s for s in sites if s.layer == layer] for layer in {s.layer for s in sites}}
     layers, lowest = source.outline.layers, min(by_layer)
     causal = source.model.can_generate()
+    generator = torch.Generator().manual_seed(seed)
     stream = Stream(source, data, batch)
     per_batch = max(layers * stream.hidden[0].numel() * stream.hidden[0].element_size(), 1)
     round_size = max(1, ACTIVATION_BYTES // per_batch)
     for start in range(0, len(stream), round_size):
         chunk = range(start, min(start + round_size, len(stream)))
+        part = Part(False, first=start == 0, last=chunk.stop == len(stream))
         inputs: list[list[Tensor]] = []
         hidden = [stream.hidden[i] for i in chunk]
         for layer in range(layers):
             report(layer, "forward")
             inputs.append(hidden)
+            looking = None if look is None else look(layer)
             with source.block(layer) as block, torch.no_grad():
-                hidden = [stream.run(block, layer, i, h) for i, h in zip(chunk, hidden, strict=True)]
+                if looking is None:
+                    hidden = [stream.run(block, layer, i, h) for i, h in zip(chunk, hidden, strict=True)]
+                else:
+                    hidden = [looking.run(stream, block, i, h) for i, h in zip(chunk, hidden, strict=True)]
+                    keep(layer, replace(part, forward=True), looking.table)
         gradients = []
         with source.outside(head=True):
             for i, h in zip(chunk, hidden, strict=True):
                 h = h.detach().requires_grad_()
                 ids, mask = stream.ids[i].to(h.device), stream.mask(i)
-                loss = next_token_loss(source.logits(ids, mask, h), ids, mask, causal)
-                gradients.append(torch.autograd.grad(loss, h)[0])
+                logits = source.logits(ids, mask, h)
+                if labels == "sampled":
+                    drawn = draw(logits.detach(), generator)
+                    ids = torch.cat([ids[:, :1], drawn[:, :-1]], 1) if causal else drawn
+                gradients.append(torch.autograd.grad(next_token_loss(logits, ids, mask, causal), h)[0])
         for layer in reversed(range(lowest, layers)):
             report(layer, "backward")
+            here = by_layer.get(layer, [])
+            table: Table = {
+                s.name: {n: STATISTICS[n](*(s.shape if n == "fisher" else s.shape[:1])) for n in names} for s in here
+            }
             with source.block(layer) as block, _frozen(block):
                 prefix = f"{source.outline.blocks}.{layer}."
-                targets = {s.name.removeprefix(prefix): statistics[s.name] for s in by_layer.get(layer, [])}
+                targets = {s.name.removeprefix(prefix): table[s.name] for s in here}
                 gradients = [
                     _backward(stream, block, layer, i, x, g, targets)
                     for i, x, g in zip(chunk, inputs[layer], gradients, strict=True)
                 ]
             inputs[layer] = []
-    return statistics
+            if here:
+                keep(layer, part, table)
 
 
 def _backward(
-    stream: Stream, block: nn.Module, layer: int, i: int, x: Tensor, g: Tensor, targets: dict[str, dict[str, Statistic]]
+    stream: Stream,
+    block: nn.Module,
+    layer: int,
+    i: int,
+    x: Tensor,
+    g: Tensor,
+    targets: Mapping[str, Mapping[str, Statistic]],
 ) -> Tensor:
     """Gradient at the block's input from the one at its output; the statistics see what passes in between."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}

@@ -15,6 +15,7 @@ from torch import nn
 from corank.engine.site import Replacement
 from corank.model import Calibration, ResidentModel, Site
 from corank.recipe import Recipe
+from corank.statistics import STATISTICS
 
 
 class Sink(Protocol):
@@ -75,15 +76,25 @@ class Job:
 
     @property
     def layers(self) -> int:
-        """Number of blocks of the model."""
-        return self.source.outline.layers
+        """Number of visits: one to each block, and one to what lies around them if that is asked for."""
+        return self.source.outline.layers + any(s.outside and s.layer for s in self.sites)
+
+    @property
+    def needs_curves(self) -> bool:
+        """Whether ranks are chosen by what the sites would lose, which is measured beforehand then."""
+        return self.recipe.rule is None and self.recipe.allocate != "uniform"
+
+    @property
+    def keeps_spectra(self) -> bool:
+        """Whether decompositions are used twice: for the choice of ranks and for the factors, or by another run."""
+        return self.needs_curves or self.cache is not None
 
     @property
     def of_inputs(self) -> set[str]:
         """Statistics of the recipe that need a forward pass."""
-        return {n for n in self.recipe.statistics if n not in ("fisher", "gradient")}
+        return set(self.recipe.statistics) - self.of_gradients
 
     @property
     def of_gradients(self) -> set[str]:
         """Statistics of the recipe that need a backward pass."""
-        return {n for n in self.recipe.statistics if n in ("fisher", "gradient")}
+        return {n for n in self.recipe.statistics if "gradients" in STATISTICS[n].needs}

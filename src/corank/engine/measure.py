@@ -11,16 +11,19 @@ import torch
 from torch import nn
 
 from corank.budget import Curve
-from corank.engine.gradients import sweep
+from corank.engine.forms import OF_INDICATORS, new_statistics, results_for, take_in
+from corank.engine.gradients import Part, sweep
 from corank.engine.job import Job
+from corank.engine.routed import ENOUGH, PRIOR, Pools, Sampler, add_prior, is_inner, mixture_of
 from corank.engine.site import cost, generator_for, read_site, site_geometry
+from corank.engine.spectra import truncation_of
 from corank.engine.store import Activations, StatisticsStore, Table
-from corank.engine.stream import Stream
+from corank.engine.stream import Observer, Stream
 from corank.errors import CorankError
 from corank.factorize import Measured
 from corank.model import Calibration, Site
 from corank.recipe import Recipe
-from corank.statistics import STATISTICS, AngularDistance, NonFinite
+from corank.statistics import AngularDistance, NonFinite
 
 BLOCK = "block"
 """Owner of the statistics of a whole block."""
@@ -31,12 +34,6 @@ def store_of(job: Job) -> StatisticsStore:
     return StatisticsStore(job.cache or job.scratch or Path())
 
 
-def new_statistics(names: set[str], site: Site) -> dict[str, Any]:
-    """Empty statistics of a site's input."""
-    kinds: dict[str, Any] = dict(STATISTICS)
-    return {n: kinds[n](site.shape[1]) for n in names if n != "angular"}
-
-
 def leaders_of(sites: list[Site]) -> dict[str, Site]:
     """Group -> the first of the given sites that reads its input."""
     leaders: dict[str, Site] = {}
@@ -45,12 +42,34 @@ def leaders_of(sites: list[Site]) -> dict[str, Site]:
     return leaders
 
 
-def _observers(job: Job, table: Table, leaders: dict[str, Site]) -> dict[str, Any]:
-    def observer(group: str, site: Site) -> Callable[..., None]:
+class Looking:
+    """Measures one block's inputs while it runs on calibration data.
+
+    Attributes:
+        table: the statistics.
+    """
+
+    def __init__(self, job: Job, layer: int, names: set[str], batches: int):
+        leaders, plan = leaders_of(job.in_layer(layer)), job.source.outline
+        self.layer = layer
+        self.table: Table = {group: new_statistics(names, site) for group, site in leaders.items()}
+        self._observers = {
+            plan.local(site): self._observer(group, site, plan.local(site)) for group, site in leaders.items()
+        }
+        self._inner = {plan.local(site): site for site in leaders.values() if is_inner(site)}
+        self._samplers: dict[str, Sampler] = {}
+        for local, site in self._inner.items():
+            self.table[site.group + PRIOR] = new_statistics(names, site)
+            self._samplers.setdefault(mixture_of(local)[0], Sampler(ENOUGH * site.shape[1], batches))
+        self._around = layer == plan.layers
+        if "angular" in names and not self._around:
+            self.table[BLOCK] = {"angular": AngularDistance()}
+
+    def _observer(self, group: str, site: Site, local: str) -> Callable[..., None]:
         def observe(x: torch.Tensor, mask: torch.Tensor | None) -> None:
-            for statistic in table[group].values():
+            for statistic in self.table[group].values():
                 try:
-                    statistic.update(x, mask)
+                    take_in(statistic, site, self._block.get_submodule(local), x, mask)
                 except NonFinite as error:
                     raise CorankError(
                         f"The inputs of {site.name} (layer {site.layer}) are not finite: {error}"
@@ -58,47 +77,107 @@ def _observers(job: Job, table: Table, leaders: dict[str, Site]) -> dict[str, An
 
         return observe
 
-    return {job.source.outline.local(site): observer(group, site) for group, site in leaders.items()}
+    def run(self, stream: Stream, block: nn.Module, i: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Output of the block on batch i, whose input is `hidden`."""
+        self._block = block
+        observers: dict[str, Observer] = {**self._observers, **self._samplers}
+        out = stream.observe(block, self.layer, i, observers, stop=self._around, hidden=hidden)
+        for local, site in self._inner.items():
+            rows = self._samplers[mixture_of(local)[0]].latest
+            if rows is not None:
+                add_prior(self.table, block, site, local, rows, due=(i + 1) / len(stream))
+        if out is None:  # around the blocks nothing is wanted but what was seen
+            return hidden
+        if BLOCK in self.table:
+            self.table[BLOCK]["angular"].update(hidden, out, stream.mask(i))
+        return out
 
 
 def measure_block(job: Job, block: nn.Module, layer: int, stream: Stream, names: set[str]) -> Table:
     """Statistics of one block's inputs; the stream moves on behind the block."""
-    leaders = leaders_of(job.in_layer(layer))
-    table: Table = {group: new_statistics(names, site) for group, site in leaders.items()}
-    observers = _observers(job, table, leaders)
-    angular = AngularDistance() if "angular" in names else None
-    after = []
-    for i in range(len(stream)):
-        out = stream.observe(block, layer, i, observers)
-        assert out is not None
-        if angular is not None:
-            angular.update(stream.hidden[i], out, stream.mask(i))
-        after.append(out)
-    if angular is not None:
-        table[BLOCK] = {"angular": angular}
-    stream.set_hidden(layer, after)
-    return table
+    looking = Looking(job, layer, names, len(stream))
+    stream.set_hidden(layer, [looking.run(stream, block, i, h) for i, h in enumerate(stream.hidden)])
+    return looking.table
 
 
 def measure_gradients(job: Job, store: StatisticsStore) -> None:
-    """Gradient statistics of all sites, unless the store has them."""
-    names = job.of_gradients
+    """Gradient statistics of all sites, unless the store has them.
+
+    What the recipe wants to know of the inputs is measured in the same forward pass.
+    """
+    names, of_inputs = job.of_gradients, job.of_inputs
+    stage = gradients_of(job)
     layers = sorted({s.layer for s in job.sites})
-    if all(store.has(layer, "gradients", names) for layer in layers):
+    if all(store.has(layer, stage, names) for layer in layers):
         return
+    _require_tokens(job)
+    if job.recipe.target != "dense" or all(store.has(layer, "inputs", of_inputs) for layer in layers):
+        of_inputs = set()
+
+    batches = -(-len(data_of(job).ids) // job.batch)
+
+    def keep(layer: int, part: Part, table: Table) -> None:
+        of = "inputs" if part.forward else stage
+        if not part.first:
+            table = merged(table, store.load(layer, of + PART, of_inputs if part.forward else names))
+        store.save(layer, of if part.last else of + PART, table)
+        if part.last:
+            store.forget(layer, of + PART)
+
     with job.stage("gradients"):
-        table = sweep(
-            job.source, data_of(job), job.batch, job.sites, names, lambda l, stage: job.report(l, stage, None)
+        sweep(
+            job.source,
+            data_of(job),
+            job.batch,
+            job.sites,
+            names,
+            lambda layer, stage: job.report(layer, stage, None),
+            keep,
+            labels=job.recipe.labels,
+            seed=job.seed,
+            look=(lambda layer: Looking(job, layer, of_inputs, batches)) if of_inputs else None,
         )
-        for layer in layers:
-            store.save(layer, "gradients", {s.name: table[s.name] for s in job.in_layer(layer)})
+
+
+def _require_tokens(job: Job) -> None:
+    """An output metric from fewer tokens than outputs would not see most directions of the output at all."""
+    if not any(name.endswith("gradient") for name in job.of_gradients):
+        return
+    data = data_of(job)
+    tokens = data.ids.numel() if data.mask is None else int(data.mask.sum())
+    widest = max(job.sites, key=lambda s: s.shape[0])
+    if tokens < widest.shape[0]:
+        raise CorankError(
+            f"{tokens} calibration tokens are too few to measure which of the {widest.shape[0]} outputs of {widest.name} "
+            f"matter; give at least {-(-widest.shape[0] // data.ids.shape[1])} samples of {data.ids.shape[1]} tokens (8 "
+            "times as many are better), or a method that needs no gradients, such as svd-llm."
+        )
+
+
+PART = "-part"
+"""Suffix of a stage whose statistics are of some of the sequences only."""
+
+
+def gradients_of(job: Job) -> str:
+    """Stage under which a job's gradient statistics are kept."""
+    return "gradients" if job.recipe.labels == "data" else f"gradients-{job.recipe.labels}"
+
+
+def merged(table: Table, other: Table) -> Table:
+    """The statistics of `table` with those of `other` added."""
+    for owner, named in table.items():
+        for name, statistic in named.items():
+            statistic.merge(other[owner][name])
+    return table
 
 
 def measure_inputs(job: Job, store: StatisticsStore) -> None:
     """Input statistics of all blocks, those that the store does not have yet."""
     names = job.of_inputs
-    todo = [layer for layer in range(job.layers) if not store.has(layer, "inputs", names)]
-    todo = [layer for layer in todo if job.in_layer(layer) or "angular" in names]
+    blocks = job.source.outline.layers
+    wanted = {layer: names if layer < blocks else names - {"angular"} for layer in range(job.layers)}
+    todo = [layer for layer, these in wanted.items() if not store.has(layer, "inputs", these)]
+    todo = [layer for layer in todo if job.in_layer(layer) or "angular" in wanted[layer]]
     if not todo:
         return
     with job.stage("calibrate"):
@@ -111,7 +190,7 @@ def measure_inputs(job: Job, store: StatisticsStore) -> None:
             job.report(layer, "measure", None)
             with job.source.block(layer) as block:
                 if layer in todo:
-                    store.save(layer, "inputs", measure_block(job, block, layer, stream, names))
+                    store.save(layer, "inputs", measure_block(job, block, layer, stream, wanted[layer]))
                 else:
                     advance(stream, block, layer)
             saved.save(layer + 1, [stream.hidden])
@@ -141,14 +220,17 @@ def results_of(
 ) -> Callable[[Site, dict[str, Any]], Measured]:
     """A function that gives the `Measured` of a site of this layer; siblings share results and metrics."""
     names = job.of_inputs - {"angular"}
-    table = inputs if inputs is not None else (store.load(layer, "inputs", names) if names else {})
-    gradients = store.load(layer, "gradients", job.of_gradients) if job.of_gradients else {}
+    sites = job.in_layer(layer)
+    stored = names | (OF_INDICATORS if any(s.form == "embedding" for s in sites) else set())
+    table = inputs if inputs is not None else (store.load(layer, "inputs", stored) if names and sites else {})
+    pools = Pools(table, sites)
+    gradients = store.load(layer, gradients_of(job), job.of_gradients) if job.of_gradients and sites else {}
     memos: dict[str, dict[Any, Any]] = {}
     results: dict[str, dict[str, Any]] = {}
 
     def measured(site: Site, override: dict[str, Any]) -> Measured:
         if site.group not in results:
-            results[site.group] = {n: s.result() for n, s in table.get(site.group, {}).items() if n in names}
+            results[site.group] = results_for(site, pools.of(site), names)
         own = {n: s.result() for n, s in gradients.get(site.name, {}).items()}
         return Measured({**results[site.group], **own, **override}, memos.setdefault(site.group, {}), job.recipe.affine)
 
@@ -169,7 +251,12 @@ def curves_of(job: Job, store: StatisticsStore) -> dict[str, Curve]:
                 for site in sites:
                     W, _ = read_site(block, site, job.source.outline.local(site))
                     geometry = site_geometry(job.recipe, measured(site, {}))
-                    loss = job.recipe.factorize.curve(W, geometry, generator_for(job.seed, site))
+                    known = truncation_of(job, store, site, W, geometry)
+                    loss = (
+                        job.recipe.factorize.curve(W, geometry, generator_for(job.seed, site))
+                        if known is None
+                        else known.loss()
+                    )
                     values = np.maximum(loss.double().cpu().numpy(), 0.0)
                     padded = np.full(min(site.shape) + 1, values[-1])
                     padded[: len(values)] = values[: len(padded)]
@@ -191,4 +278,6 @@ def curve_of(recipe: Recipe, site: Site, loss: np.ndarray | None = None) -> Curv
         loss=np.full(p + 1, np.nan) if loss is None else loss,
         cost=costs,
         dense_cost=site.numel,
+        role=site.role,
+        layer=site.layer,
     )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from corank.budget import ALLOCATORS, Curve, Plan
+from corank.engine.forms import check, kind_of
 from corank.engine.job import Job
 from corank.engine.measure import (
     curve_of,
@@ -61,8 +62,11 @@ def prepare(job: Job) -> Preparation:
         CorankError: the budget cannot be met; weights or activations are not finite (the layer is named).
     """
     recipe, store = job.recipe, store_of(job)
-    needs_curves = recipe.rule is None and recipe.allocate != "uniform"
-    measure_first = needs_curves or "angular" in recipe.statistics or job.cache is not None
+    for site in job.sites:
+        check(recipe, site, job.source.outline.whole)
+    needs_curves = job.needs_curves
+    # the sweep for gradients sees the inputs on its way forward
+    measure_first = needs_curves or "angular" in recipe.statistics or job.cache is not None or bool(job.of_gradients)
     curves: dict[str, Curve] = {}
     distances = None
     if job.of_gradients:
@@ -73,7 +77,7 @@ def prepare(job: Job) -> Preparation:
     if needs_curves:
         curves = curves_of(job, store)
     if "angular" in recipe.statistics:
-        distances = [distance(store, layer) for layer in range(job.layers)]
+        distances = [distance(store, layer) for layer in range(job.source.outline.layers)]
     with job.stage("allocate"):
         plan = allocate(job, store, curves, distances)
     return Preparation(plan, distances, curves, measure_first)
@@ -109,7 +113,8 @@ def allocate(job: Job, store: StatisticsStore, curves: dict[str, Curve], distanc
         ranks = ALLOCATORS[name](every, limit, floor=recipe.floor, multiple_of=recipe.multiple_of)
     every = [curves.get(s.name) or curve_of(recipe, s) for s in job.sites]
     full = {s.name: ranks.get(s.name) for s in job.sites}
-    return Plan.from_ranks(every, full, kind=recipe.kind, allocator=name, limit=limit)
+    kinds = {s.name: kind_of(recipe, s) for s in job.sites}
+    return Plan.from_ranks(every, full, kind=kinds, allocator=name, limit=limit)
 
 
 def _loader(job: Job, store: StatisticsStore) -> Callable[[Site], tuple[torch.Tensor, Measured]]:

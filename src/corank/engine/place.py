@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from corank.budget import Plan
+from corank.engine.drift import observe_drift
 from corank.engine.job import Job
-from corank.engine.measure import advance, data_of, leaders_of, measure_block, new_statistics, results_of
-from corank.engine.site import Replacement, dense_row, factorize_site, read_site
+from corank.engine.measure import advance, data_of, leaders_of, measure_block, results_of
+from corank.engine.routed import Pools
+from corank.engine.site import Replacement, dense_row, factorize_site, read_site, site_geometry
+from corank.engine.spectra import truncation_of
 from corank.engine.store import Activations, StatisticsStore, Table
 from corank.engine.stream import Stream
 from corank.errors import CorankError
 from corank.factorize import Measured
-from corank.factors import replace
+from corank.factors import put_together, replace, tied_to
 from corank.model import Site
-from corank.statistics import CrossGram
 
 
 def factorize_all(job: Job, store: StatisticsStore, plan: Plan, measured: bool) -> list[dict[str, Any]]:
@@ -54,6 +56,8 @@ def factorize_all(job: Job, store: StatisticsStore, plan: Plan, measured: bool) 
     for layer in range(first, job.layers):
         with job.source.block(layer) as block:
             replacements = _factorize_block(job, store, plan, block, layer, streams, collect)
+            replacements = _with_tied(block, replacements)
+            put_together(block)
             by_name = {r.site.name: r.row for r in replacements}
             block_rows = [by_name.get(s.name) or dense_row(s) for s in job.in_layer(layer)]
             with job.stage("write"):
@@ -87,16 +91,30 @@ def _factorize_block(
     replacements = []
     with job.stage("factorize"):
         for site in sites:
-            replacements.append(_make(job, plan, block, site, lookup(site, {})))
+            replacements.append(_make(job, plan, block, site, lookup(site, {}), store))
         for r in replacements:
             replace(block, job.source.outline.local(r.site), r.module)
     return replacements
 
 
-def _make(job: Job, plan: Plan, block: nn.Module, site: Site, measured: Measured, **streams: Any) -> Replacement:
+def _make(
+    job: Job,
+    plan: Plan,
+    block: nn.Module,
+    site: Site,
+    measured: Measured,
+    spectra: StatisticsStore | None = None,
+    **streams: Any,
+) -> Replacement:
     W, bias = read_site(block, site, job.source.outline.local(site))
     rank = plan.choices[site.name].rank
-    return factorize_site(job.recipe, site, W, bias, measured, rank, seed=job.seed, dtype=job.dtype, **streams)
+    known = None
+    if spectra is not None and job.keeps_spectra:
+        known = truncation_of(job, spectra, site, W, site_geometry(job.recipe, measured))
+    old = block.get_submodule(job.source.outline.local(site))
+    return factorize_site(
+        job.recipe, site, W, bias, measured, rank, seed=job.seed, dtype=job.dtype, known=known, old=old, **streams
+    )
 
 
 def _factorize_sequentially(
@@ -119,14 +137,27 @@ def _factorize_sequentially(
         if collect and dense is not None:
             table = measure_block(job, original, layer, dense, job.of_inputs)
         lookup = results_of(job, store, layer, table)
-        for group, leader in leaders_of(sites).items():
-            members = [s for s in sites if s.group == group]
-            cross, seen = _observe_drift(job, original, block, layer, leader, dense, drifted)
+        for leaders in _stages(sites):
+            seen, cross = observe_drift(job, original, block, layer, leaders, dense, drifted)
+            pools, joint = Pools(seen, leaders.values()), Pools(cross, leaders.values())
+            members = [s for s in sites if s.group in leaders]
             with job.stage("factorize"), _excluded(job, "calibrate"):
-                override = {} if recipe.target == "dense" else {n: s.result() for n, s in seen.items()}
-                joint = None if cross is None else cross.result()
-                gram = seen["gram"].result() if recipe.refit else None
-                made = [_make(job, plan, block, s, lookup(s, override), drifted=gram, cross=joint) for s in members]
+                made = []
+                for s in members:
+                    found = {n: each.result() for n, each in pools.of(leaders[s.group]).items()}
+                    measured = lookup(s, {} if recipe.target == "dense" else found)
+                    both = joint.of(leaders[s.group]).get("cross")
+                    made.append(
+                        _make(
+                            job,
+                            plan,
+                            block,
+                            s,
+                            measured,
+                            drifted=found["gram"] if recipe.refit else None,
+                            cross=None if both is None else both.result(),
+                        )
+                    )
                 for r in made:
                     replace(block, local(r.site), r.module)
                 replacements += made
@@ -144,25 +175,21 @@ def _excluded(job: Job, name: str) -> Iterator[None]:
     job.stages[name] = job.stages.get(name, 0.0) - (time.perf_counter() - start)
 
 
-def _observe_drift(
-    job: Job, original: nn.Module, block: nn.Module, layer: int, leader: Site, dense: Stream | None, drifted: Stream
-) -> tuple[CrossGram | None, dict[str, Any]]:
-    """Statistics of what a group sees in the compressed model, and, for an anchored target, jointly with the dense one."""
-    path = job.source.outline.local(leader)
-    names = job.of_inputs if job.recipe.target != "dense" else set()
-    seen = new_statistics(names | ({"gram"} if job.recipe.refit else set()), leader)
-    cross = CrossGram(leader.shape[1]) if job.recipe.target == "anchored" else None
-    for i in range(len(drifted)):
-        inputs: list[torch.Tensor] = []
+def _stages(sites: list[Site]) -> list[dict[str, Site]]:
+    """Groups in the order in which they run, those that do not depend on each other (the same of all experts) together."""
+    stages: dict[str, dict[str, Site]] = {}
+    for group, leader in leaders_of(sites).items():
+        stages.setdefault(leader.pool or group, {})[group] = leader
+    return list(stages.values())
 
-        def note(x: torch.Tensor, _mask: torch.Tensor | None, inputs: list[torch.Tensor] = inputs) -> None:
-            inputs.append(x)
 
-        if cross is not None and dense is not None:
-            dense.observe(original, layer, i, {path: note}, stop=True)
-        drifted.observe(block, layer, i, {path: note}, stop=True)
-        for statistic in seen.values():
-            statistic.update(inputs[-1], drifted.mask(i))
-        if cross is not None:
-            cross.update(inputs[0], inputs[1], drifted.mask(i))
-    return cross, seen
+def _with_tied(block: nn.Module, replacements: list[Replacement]) -> list[Replacement]:
+    """Let the embedding that is one matrix with a replaced head read the head's factors."""
+    both = []
+    for r in replacements:
+        both.append(r)
+        if r.site.tied is not None:
+            embedding: Any = tied_to(block.get_submodule(r.site.tied), r.module, r.site.name)
+            replace(block, r.site.tied, embedding)
+            both.append(Replacement(dataclasses.replace(r.site, name=r.site.tied), embedding, r.factors, {}))
+    return both

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corank.engine.forms import kind_of
 from corank.errors import CorankError
-from corank.factorize import Factored, Geometry, Measured, Metric
-from corank.factors import KINDS, FactorizedLinear, Factors, LowRank, packed, weight_of
-from corank.linalg import refit_output, retarget
+from corank.factorize import Factored, Geometry, Measured, Metric, Spectral
+from corank.factors import KINDS, FactorizedLinear, Factors, LowRank, layer_for, packed, weight_of
+from corank.linalg import Truncation, refit_output, retarget
 from corank.model import Site
 from corank.recipe import Recipe
 from corank.statistics import Cross, Gram
@@ -35,7 +36,7 @@ class Replacement:
 def cost(recipe: Recipe, site: Site, rank: int) -> int:
     """Stored values of a site at a rank, as the recipe stores it. An affine recipe brings a bias where there is none."""
     extra = site.shape[0] if recipe.affine and not site.bias else 0
-    return KINDS[recipe.kind][0].count(*site.shape, rank) + extra
+    return KINDS[kind_of(recipe, site)][0].count(*site.shape, rank) + extra
 
 
 def generator_for(seed: int, site: Site) -> torch.Generator:
@@ -78,6 +79,8 @@ def factorize_site(
     dtype: torch.dtype,
     drifted: Gram | None = None,
     cross: Cross | None = None,
+    known: Truncation | None = None,
+    old: nn.Module | None = None,
 ) -> Replacement:
     """Factorize one site at a given rank.
 
@@ -86,8 +89,10 @@ def factorize_site(
         measured: statistics that define the geometry.
         drifted: second moment of the inputs the layer will really see; needed if the recipe refits.
         cross: joint moments of both streams; needed if the target is anchored.
+        known: the decomposition of W in this geometry, if it has been made already.
         seed: of the run.
         dtype: of the stored factors.
+        old: the layer that is replaced, if it is not a linear one.
     """
     geometry = site_geometry(recipe, measured)
     target = W if W.dtype == torch.float64 else W.float()
@@ -95,13 +100,16 @@ def factorize_site(
     if cross is not None:  # anchored: T = W C H^+ reproduces the dense outputs from the drifted inputs
         mean_out = W.double() @ cross.mean
         target = retarget(W.double(), cross.C, cross.H).to(target.dtype)
-    factored = recipe.factorize.factorize(target, geometry, rank, generator_for(seed, site))
+    if known is not None and isinstance(recipe.factorize, Spectral):
+        factored = recipe.factorize.cut(target, known, rank)
+    else:
+        factored = recipe.factorize.factorize(target, geometry, rank, generator_for(seed, site))
     factors: Factors = factored.factors
     if recipe.refit and drifted is not None:
         _, A = factors.pair()
         factors = LowRank(refit_output(target.double() @ drifted.G, A.double(), drifted.G), A.double())
         geometry = Geometry(Metric(drifted.G), mean=None)
-    if recipe.pack and factors.kind in ("low_rank", "cur"):
+    if recipe.pack and factors.kind != kind_of(recipe, site):
         factors = packed(factors)
     factors = factors.astype(dtype)
     W_new = factors.astype(torch.float64).dense()  # as stored, rounding included
@@ -111,7 +119,7 @@ def factorize_site(
         shift = before - W_new @ geometry.mean
         new_bias = (shift if bias is None else bias.double() + shift).to(dtype)
     row = _row(recipe, site, factors, factored, geometry, target, W_new)
-    module: Any = factors.module(new_bias)
+    module: Any = factors.module(new_bias) if old is None else layer_for(old, factors, new_bias)
     return Replacement(site, module, factors, row)
 
 
@@ -129,18 +137,28 @@ def _row(
     return {
         "name": site.name,
         "role": site.role,
-        "layer": site.layer,
+        "layer": site.block,
         "shape": list(site.shape),
         "kind": factors.kind,
         "rank": factors.rank,
         "max_rank": min(site.shape),
         "params": cost(recipe, site, factors.rank),
         "params_dense": site.numel,
-        "flops": factors.flops(1),
+        "flops": flops(site, factors),
+        "flops_dense": site.flops,
         "loss": math.sqrt(geometry.loss((target - W_new).to(target.dtype))) / scale,
         "predicted_loss": math.sqrt(max(factored.predicted, 0.0)) / scale,
+        # second order: half the quadratic form of the curvature, in nats per token
+        **({} if geometry.R is None else {"predicted_nats": max(factored.predicted, 0.0) / 2}),
         "curve": curve,
     }
+
+
+def flops(site: Site, factors: Factors) -> int:
+    """Operations per token, or per position of a convolution; looking a row up costs none."""
+    if site.form == "embedding":
+        return 2 * site.shape[0] * factors.rank
+    return round(factors.flops(1) * site.share)
 
 
 def dense_row(site: Site) -> dict[str, Any]:
@@ -148,14 +166,15 @@ def dense_row(site: Site) -> dict[str, Any]:
     return {
         "name": site.name,
         "role": site.role,
-        "layer": site.layer,
+        "layer": site.block,
         "shape": list(site.shape),
         "kind": "dense",
         "rank": min(site.shape),
         "max_rank": min(site.shape),
         "params": site.numel,
         "params_dense": site.numel,
-        "flops": 2 * site.numel,
+        "flops": site.flops,
+        "flops_dense": site.flops,
         "loss": 0.0,
         "predicted_loss": 0.0,
         "curve": [],

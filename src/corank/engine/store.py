@@ -48,7 +48,7 @@ class StatisticsStore:
         return self.root / f"{stage}-{layer:05d}.safetensors"
 
     def has(self, layer: int, stage: str, names: set[str]) -> bool:
-        """Whether the layer's statistics of a stage ("inputs" or "gradients") are there, all the `names`."""
+        """Whether the layer's statistics of a stage ("inputs", "gradients") are there, all the `names`."""
         path = self._path(layer, stage)
         if not path.is_file():
             return False
@@ -62,6 +62,19 @@ class StatisticsStore:
             for name, statistic in named.items():
                 tensors |= {f"{owner}|{name}|{key}": value for key, value in statistic.state().items()}
         write_tensors(self._path(layer, stage), tensors)
+
+    def forget(self, layer: int, stage: str) -> None:
+        """Delete a layer's statistics of a stage, if there are any."""
+        self._path(layer, stage).unlink(missing_ok=True)
+
+    def save_spectrum(self, layer: int, key: str, tensors: dict[str, Tensor]) -> None:
+        """Store a decomposition of a matrix of a layer."""
+        write_tensors(self.root / f"spectrum-{layer:05d}-{key}.safetensors", tensors)
+
+    def load_spectrum(self, layer: int, key: str) -> dict[str, Tensor] | None:
+        """Read a decomposition back, None if there is none."""
+        path = self.root / f"spectrum-{layer:05d}-{key}.safetensors"
+        return read_tensors(path) if path.is_file() else None
 
     def load(self, layer: int, stage: str, names: set[str]) -> Table:
         """Read a layer's statistics back."""

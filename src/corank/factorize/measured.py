@@ -50,9 +50,19 @@ class Measured:
         """Second moment of the gradients at the output of this site."""
         return self._results["gradient"]
 
-    def metric(self) -> Metric:
-        """The Gram matrix as a metric: one object, and so one root, for all siblings."""
-        return self._shared("gram", lambda: Metric((self.gram.centred() if self._affine else self.gram).G))
+    def metric(self, shrink: float = 0.0) -> Metric:
+        """The Gram matrix, shrunk, as a metric: one object, and so one root, for all siblings."""
+
+        def compute() -> Metric:
+            gram = self.gram.centred() if self._affine else self.gram
+            return Metric((gram.shrink(shrink) if shrink else gram).G)
+
+        return self._shared(("gram", shrink), compute)
+
+    def output_metric(self, statistic: str = "gradient", shrink: float = 0.0) -> Tensor:
+        """R [m, m], shrunk, from the statistic "gradient" or "clipped-gradient"."""
+        result: OutputMetric = self._results[statistic]
+        return (result.shrink(shrink) if shrink else result).R
 
     def diagonal(self, d: Tensor) -> Metric:
         """A diagonal metric, diag(G) = d [n]."""

@@ -30,7 +30,8 @@ class Spectral:
         if self.precision not in ("auto", "double", "mixed"):
             raise unknown("precision", self.precision, ("auto", "double", "mixed"))
 
-    def _truncate(self, W: Tensor, geometry: Geometry, rank: int | None = None) -> Truncation:
+    def decompose(self, W: Tensor, geometry: Geometry, rank: int | None = None) -> Truncation:
+        """The truncations of W [m, n] at every rank, or up to `rank`."""
         precision = self.precision
         if precision == "auto":
             precision = "double" if W.dtype == torch.float64 else "mixed"
@@ -38,11 +39,14 @@ class Spectral:
 
     def curve(self, W: Tensor, geometry: Geometry, generator: torch.Generator) -> Tensor:
         """Discarded energy at every rank."""
-        return self._truncate(W, geometry).loss()
+        return self.decompose(W, geometry).loss()
 
     def factorize(self, W: Tensor, geometry: Geometry, rank: int, generator: torch.Generator) -> Factored:
         """The optimal pair B = U_k, A = U_k^T W."""
-        truncation = self._truncate(W, geometry, rank)
+        return self.cut(W, self.decompose(W, geometry, rank), rank)
+
+    def cut(self, W: Tensor, truncation: Truncation, rank: int) -> Factored:
+        """The optimal pair of rank `rank` out of a decomposition of W."""
         B, A = truncation.pair(W, rank)
         curve = truncation.loss()
         return Factored(LowRank(B, A), float(curve[min(rank, len(curve) - 1)]), curve)

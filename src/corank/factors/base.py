@@ -35,13 +35,26 @@ def linear(weight: Tensor, bias: Tensor | None = None, trainable: bool = True) -
         weight: [out, in].
         bias: [out] or None; cast to the dtype of `weight`.
         trainable: sets `requires_grad` of the weight. The bias is always trainable.
+
+    A weight without values (rank 0, or full rank in a pivoted layer) is a buffer: there is nothing to train, and
+    FSDP can neither shard it nor reduce its gradient.
     """
     layer = nn.Linear(1, 1, bias=False, device="meta")
     layer.out_features, layer.in_features = weight.shape
-    layer.weight = nn.Parameter(_own(weight), requires_grad=trainable)
+    if weight.numel() == 0:
+        del layer.weight
+        layer.register_buffer("weight", _own(weight))
+    else:
+        layer.weight = nn.Parameter(_own(weight), requires_grad=trainable)
     if bias is not None:
         layer.bias = nn.Parameter(_own(bias).to(weight.dtype))
     return layer
+
+
+def values(layer: Any) -> Tensor:
+    """The matrix of a linear layer, detached; one that is stored as integers (torchao) is multiplied out."""
+    weight = layer.weight.detach()
+    return weight.dequantize() if hasattr(weight, "qdata") else weight
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -139,9 +152,12 @@ class FactorizedLinear(nn.Module):
         in_features, out_features, rank: sizes.
         transposed: the layer it replaces stored its weight as [in, out] (transformers' `Conv1D`).
         added_bias: the layer it replaces had no bias, this one has.
+        followed: another layer reads this one's basis, which must therefore keep its shape.
+        frozen: names of the parts that do not train.
     """
 
     kind: ClassVar[str]
+    frozen: ClassVar[tuple[str, ...]] = ()
     weight: Tensor
 
     def __init__(self, shape: tuple[int, int], rank: int, like: Tensor) -> None:
@@ -150,6 +166,7 @@ class FactorizedLinear(nn.Module):
         self.rank = rank
         self.transposed = False
         self.added_bias = False
+        self.followed = False
         self.register_buffer("weight", torch.empty(0, dtype=like.dtype, device=like.device))
 
     @classmethod

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from corank.factors.base import FactorizedLinear, Factors, check_shapes, linear, product
+from corank.factors.base import FactorizedLinear, Factors, check_shapes, linear, product, values
 from corank.factors.pivots import check_pivots, complement
 
 
@@ -116,7 +116,7 @@ class ColumnPivotedLinear(FactorizedLinear):
         return self.up.bias
 
     def factors(self) -> ColumnPivoted:
-        return ColumnPivoted(self.pivots, self.up.weight.detach(), self.down.weight.detach())
+        return ColumnPivoted(self.pivots, values(self.up), values(self.down))
 
     def finalize(self) -> None:
         """Derive the indices of the inputs that are not pivots."""

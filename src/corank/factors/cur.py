@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from corank.factors.base import FactorizedLinear, Factors, check_shapes, linear, product
+from corank.factors.base import FactorizedLinear, Factors, check_shapes, linear, product, values
 from corank.factors.low_rank import LowRank
 
 
@@ -75,6 +75,7 @@ class CURLinear(FactorizedLinear):
     """
 
     kind: ClassVar[str] = "cur"
+    frozen: ClassVar[tuple[str, ...]] = ("down", "up")
 
     def __init__(self, C: Tensor, M: Tensor, R: Tensor, bias: Tensor | None = None) -> None:
         super().__init__((C.shape[0], R.shape[1]), C.shape[1], like=C)
@@ -99,7 +100,7 @@ class CURLinear(FactorizedLinear):
         return self.up.bias
 
     def factors(self) -> CUR:
-        return CUR(self.up.weight.detach(), self.link.weight.detach(), self.down.weight.detach())
+        return CUR(values(self.up), values(self.link), values(self.down))
 
     def finalize(self) -> None:
         """Freeze rows and columns again: a loader that replaces parameters also resets `requires_grad`."""

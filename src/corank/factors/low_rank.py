@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from corank.factors.base import FactorizedLinear, Factors, check_shapes, linear
+from corank.factors.base import FactorizedLinear, Factors, check_shapes, linear, values
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ class LowRankLinear(FactorizedLinear):
         return self.up.bias
 
     def factors(self) -> LowRank:
-        return LowRank(self.up.weight.detach(), self.down.weight.detach())
+        return LowRank(values(self.up), values(self.down))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> y [..., out]."""

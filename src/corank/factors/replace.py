@@ -1,4 +1,4 @@
-"""Putting layers into a model and making plain ones of them again; here `Conv1D` is known."""
+"""Putting layers into a model and making plain ones of them again; here it is known how each class stores its matrix."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from corank.errors import CorankError, unknown
-from corank.factors.base import FactorizedLinear, linear
+from corank.factors.base import FactorizedLinear, Factors, linear
+from corank.factors.convolution import FactorizedConv2d
 from corank.factors.dense import DenseLinear
+from corank.factors.embedding import FactorizedEmbedding, TiedEmbedding, scale_of
+from corank.factors.low_rank import LowRank
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -23,12 +26,18 @@ def is_conv1d(layer: nn.Module) -> bool:
 def weight_of(layer: nn.Module) -> Tensor:
     """The matrix [out, in] of a dense or factorized layer, detached, whatever its storage.
 
+    That of a convolution is [out, in * height * width], that of an embedding [d, V].
+
     Raises:
         CorankError: the layer is not linear.
     """
     if hasattr(layer, "dense_weight"):
         return layer.dense_weight()  # type: ignore[operator]
     weight = getattr(layer, "weight", None)
+    if isinstance(layer, nn.Conv2d) and layer.groups == 1:
+        return layer.weight.detach().flatten(1)
+    if isinstance(layer, nn.Embedding):
+        return layer.weight.detach().mT
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise CorankError(f"{type(layer).__name__} is not a linear layer; give an nn.Linear or a Conv1D.")
     return weight.detach().mT if is_conv1d(layer) else weight.detach()
@@ -49,7 +58,9 @@ def materialise(layer: nn.Module) -> nn.Linear:
 
 
 def as_stock(layer: nn.Module, transposed: bool) -> nn.Module:
-    """The dense layer in the storage the architecture had: `nn.Linear`, or `Conv1D` when `transposed`."""
+    """The dense layer in the storage the architecture had: `nn.Linear`, `Conv1D` when `transposed`, and so on."""
+    if hasattr(layer, "as_stock"):
+        return layer.as_stock()  # type: ignore[operator]
     plain = materialise(layer)
     if not transposed:
         return plain
@@ -68,9 +79,42 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer, without building its matrix."""
     if is_conv1d(layer):
         return layer.nf, layer.nx  # type: ignore[return-value]
+    if isinstance(layer, nn.Conv2d):
+        return layer.out_channels, layer.weight[0].numel()
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim, layer.num_embeddings
     if not hasattr(layer, "out_features"):
         raise CorankError(f"{type(layer).__name__} is not a linear layer; give an nn.Linear or a Conv1D.")
     return layer.out_features, layer.in_features  # type: ignore[return-value]
+
+
+def layer_for(old: nn.Module, factors: Factors, bias: Tensor | None) -> nn.Module:
+    """The layer that computes with `factors` where `old` stands.
+
+    Args:
+        old: dense; a linear layer, a convolution or an embedding.
+        factors: of its matrix as `weight_of` gives it.
+        bias: [m] or None.
+
+    Raises:
+        CorankError: a convolution or an embedding, and factors that are not a plain pair.
+    """
+    if not isinstance(old, nn.Conv2d | nn.Embedding):
+        return factors.module(bias)
+    if not isinstance(factors, LowRank):
+        what = "A convolution" if isinstance(old, nn.Conv2d) else "An embedding"
+        raise CorankError(f"{what} is stored as a plain pair of factors (low_rank), not as {factors.kind}.")
+    if isinstance(old, nn.Conv2d):
+        return FactorizedConv2d.replacing(old, factors, bias)
+    return FactorizedEmbedding.replacing(old, factors)
+
+
+def tied_to(old: nn.Module, head: nn.Module, name: str) -> TiedEmbedding:
+    """The embedding that reads its rows from the factors of the head, called `name`, in place of `old`."""
+    m, n = shape_of(head)
+    layer = TiedEmbedding((n, m), head.rank, name, head.weight, scale_of(old)).standing_for(old)  # type: ignore[arg-type]
+    layer.follow(head)
+    return layer
 
 
 def replace(root: nn.Module, name: str, new_module: nn.Module) -> nn.Module:
@@ -98,6 +142,8 @@ def replace(root: nn.Module, name: str, new_module: nn.Module) -> nn.Module:
         raise CorankError(f"{name}: a layer [out, in] = {sizes} cannot be replaced, the sizes must agree.")
     transposed = is_conv1d(old) or getattr(old, "transposed", False)
     new_module.train(old.training)
+    if isinstance(new_module, FactorizedEmbedding) and hasattr(old, "padding_idx"):
+        new_module.standing_for(old)
     if isinstance(new_module, FactorizedLinear):
         new_module.transposed = transposed
     elif transposed and not is_conv1d(new_module):

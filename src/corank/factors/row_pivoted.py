@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from corank.factors.base import FactorizedLinear, Factors, check_shapes, linear, product
+from corank.factors.base import FactorizedLinear, Factors, check_shapes, linear, product, values
 from corank.factors.pivots import check_pivots, complement
 
 
@@ -116,7 +116,7 @@ class RowPivotedLinear(FactorizedLinear):
         return cls(pivots, rows, rows.new_empty(m - k, k), rows.new_empty(m) if bias else None)
 
     def factors(self) -> RowPivoted:
-        return RowPivoted(self.pivots, self.down.weight.detach(), self.up.weight.detach())
+        return RowPivoted(self.pivots, values(self.down), values(self.up))
 
     def finalize(self) -> None:
         """Derive the gather index: stored order is (pivots, others), `index` is its inverse permutation."""

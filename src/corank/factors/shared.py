@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from corank.errors import CorankError
-from corank.factors.base import FactorizedLinear, Factors, check_shapes, linear
+from corank.factors.base import FactorizedLinear, Factors, check_shapes, linear, values
 from corank.factors.low_rank import LowRank
 
 
@@ -165,11 +165,12 @@ class SharedLowRankLinear(FactorizedLinear):
         Raises:
             CorankError: the owner has no basis of the right shape.
         """
-        weight = getattr(getattr(owner, "down", None), "weight", None)
-        if weight is None or tuple(weight.shape) != (self.rank, self.in_features):
+        down: Any = getattr(owner, "down", None)
+        if down is None or (down.out_features, down.in_features) != (self.rank, self.in_features):
             shape = [self.rank, self.in_features]
             raise CorankError(f"shared: {self.basis!r} holds no basis of shape {shape}.")
         self._owner = (owner,)
+        owner.followed = True  # type: ignore[assignment]
 
     @property
     def bias(self) -> Tensor | None:
@@ -187,7 +188,7 @@ class SharedLowRankLinear(FactorizedLinear):
         return self._owner[0].down  # type: ignore[return-value]
 
     def factors(self) -> SharedLowRank:
-        return SharedLowRank(self.up.weight.detach(), self.down.weight.detach(), self.basis)  # type: ignore[operator]
+        return SharedLowRank(values(self.up), values(self.down), self.basis)
 
     def spec(self) -> dict[str, Any]:
         shape = [self.out_features, self.in_features]

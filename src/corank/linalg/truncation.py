@@ -157,6 +157,7 @@ class _Left:
         """From eigenvectors U of L W G W^T L^T to (up, project)."""
         if self.L is None:
             return U, U.T
+        U = U.to(self.L.dtype)  # the tall route widens in the precision of W
         if self.L.ndim == 1:
             return U / self.L[:, None], U.T * self.L
         if self.L.shape[0] == self.L.shape[1]:

@@ -1,13 +1,16 @@
 """Models as sequences of blocks and matrices, and the texts to run them on."""
 
-from corank.model.outline import Outline, Site, outline, select_sites, sites_with_roles
-from corank.model.streaming import ResidentModel, StreamedModel
-from corank.model.text import Calibration, Text, calibration, read_text
+from corank.model.outline import Outline, outline
+from corank.model.resident import ResidentModel
+from corank.model.site import Site, select_sites, sites_with_roles
+from corank.model.streaming import StreamedModel
+from corank.model.text import Calibration, Examples, Text, calibration, read_text
 from corank.model.zoo import ALIASES, resolve
 
 __all__ = [
     "ALIASES",
     "Calibration",
+    "Examples",
     "Outline",
     "ResidentModel",
     "Site",

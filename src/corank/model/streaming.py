@@ -1,9 +1,4 @@
-"""A model as a sequence of blocks, of which one at a time has its weights in memory.
-
-`StreamedModel` reads safetensors lazily; `ResidentModel` wraps a model that is in memory already. Both run
-blocks through the model's own forward: its blocks are replaced for a moment by recorders, so that masks and
-position embeddings are what the model itself would pass, for every architecture, without copying a line of it.
-"""
+"""A model of which one block at a time has its weights in memory, read lazily from safetensors."""
 
 from __future__ import annotations
 
@@ -11,8 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,125 +14,19 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from corank.errors import CorankError
-from corank.model.outline import Outline, model_class, outline
+from corank.factors import put_together, take_apart
+from corank.model.names import match
+from corank.model.outline import model_class, outline
+from corank.model.resident import Batch, Call, Inputs, ResidentModel
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Everything a block is called with besides the hidden state."""
+__all__ = ["Call", "Inputs", "NotStreamable", "ResidentModel", "StreamedModel", "tensor_files"]
 
 
 class NotStreamable(CorankError):
-    """The checkpoint's tensor names do not match the model's; it has to be loaded as a whole."""
-
-
-class _Stop(Exception):
-    """Ends a forward pass once everything wanted from it has been seen."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the first block sees, and what every block is called with.
-
-    Attributes:
-        hidden: [batch, tokens, d].
-        calls: one entry per block.
-    """
-
-    hidden: Tensor
-    calls: list[Call]
-
-
-class ResidentModel:
-    """Blocks of a model that is in memory. The model is changed in place by `put`."""
-
-    def __init__(self, model: PreTrainedModel, plan: Outline | None = None):
-        self.model = model.eval()
-        self.config: PretrainedConfig = model.config
-        self.outline = plan or outline(model.config, type(model))
-        self.device = next(model.parameters()).device
-        self.dtype = next(model.parameters()).dtype
-
-    def _block(self, layer: int) -> nn.Module:
-        return self.model.get_submodule(f"{self.outline.blocks}.{layer}")
-
-    @contextlib.contextmanager
-    def block(self, layer: int) -> Iterator[nn.Module]:
-        """The block with its weights in memory."""
-        yield self._block(layer)
-
-    @contextlib.contextmanager
-    def outside(self, head: bool) -> Iterator[None]:
-        """Make the modules around the blocks usable (`head`: the output embedding too)."""
-        yield
-
-    @contextlib.contextmanager
-    def _replaced(self, forward: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
-        """Run `forward(layer, hidden, call)` instead of the blocks' own forward."""
-
-        def replacement(layer: int) -> Callable[..., Any]:
-            def run(*args: Any, **kwargs: Any) -> Any:
-                if args:
-                    hidden, args = args[0], args[1:]
-                else:
-                    hidden = kwargs.pop("hidden_states")
-                result = forward(layer, hidden, (args, kwargs))
-                return (result,) if self.outline.returns_tuple else result
-
-            return run
-
-        blocks = [self._block(i) for i in range(self.outline.layers)]
-        try:
-            for i, block in enumerate(blocks):
-                block.forward = replacement(i)  # type: ignore[method-assign]
-            yield
-        finally:
-            for block in blocks:
-                block.__dict__.pop("forward", None)
-
-    def _forward(self, ids: Tensor, mask: Tensor | None) -> Any:
-        kwargs: dict[str, Any] = {"input_ids": ids.to(self.device)}
-        if mask is not None:
-            kwargs["attention_mask"] = mask.to(self.device).long()
-        if self.model.can_generate():
-            kwargs["use_cache"] = False
-        return self.model(**kwargs)
-
-    def inputs(self, ids: Tensor, mask: Tensor | None = None) -> Inputs:
-        """Hidden state before the first block and the arguments of every block, for ids [batch, tokens].
-
-        Call it inside ``with self.outside(head=False)``.
-        """
-        seen: list[Tensor] = []
-        calls: list[Call] = []
-
-        def record(layer: int, hidden: Tensor, call: Call) -> Tensor:
-            if layer == 0:
-                seen.append(hidden)
-            calls.append(call)
-            if layer == self.outline.layers - 1:
-                raise _Stop
-            return hidden
-
-        with self._replaced(record), torch.no_grad(), contextlib.suppress(_Stop):
-            self._forward(ids, mask)
-        return Inputs(seen[0].detach(), calls)
-
-    def logits(self, ids: Tensor, mask: Tensor | None, hidden: Tensor) -> Tensor:
-        """Logits [batch, tokens, vocabulary] from the last block's output; differentiable in `hidden`.
-
-        Call it inside ``with self.outside(head=True)``.
-        """
-        last = self.outline.layers - 1
-        with self._replaced(lambda layer, h, _call: hidden if layer == last else h):
-            return self._forward(ids, mask).logits
-
-    def run(self, block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
-        """Output of a block for hidden [batch, tokens, d]."""
-        args, kwargs = call
-        result = block(hidden, *args, **kwargs)
-        return result[0] if isinstance(result, tuple) else result
+    """The model does not run block by block, or its files do not hold what it consists of; load it as a whole."""
 
 
 class StreamedModel(ResidentModel):
@@ -148,31 +36,43 @@ class StreamedModel(ResidentModel):
         path: a directory with config.json and safetensors files (one, or sharded with an index).
         device: where blocks are computed.
         dtype: dtype of the computation; default: float32 on the CPU, the checkpoint's elsewhere.
+        example: model inputs of the shapes that will come; default: by the configuration.
 
     Raises:
-        NotStreamable: tensor names on disk do not match the model's.
+        NotStreamable: the model does not run block by block, or a tensor of it is not in the files.
         CorankError: a file is missing, truncated or corrupt.
     """
 
-    def __init__(self, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        example: Batch | None = None,
+    ):
         self.path = Path(path)
         config = AutoConfig.from_pretrained(self.path)
         self.files = tensor_files(self.path)
+        plan = outline(config, example=example)
+        if plan.whole:
+            raise NotStreamable(
+                f"{model_class(config).__name__} does not run as one chain of blocks; it is loaded as a whole."
+            )
         with init_empty_weights(include_buffers=False):
             model = model_class(config)(config)
         model.tie_weights()
-        super().__init__(model, outline(config))
+        super().__init__(model, plan)
         self.device = torch.device(device)
-        stored = next(iter(self._meta_dtypes().values()))
-        self.stored_dtype = stored
-        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else stored)
+        self.stored_dtype = self._stored_dtype()
+        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else self.stored_dtype)
         self.model.to(dtype=self.dtype)  # meta parameters and real buffers alike
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.device)
         self._restore_buffer_precision()
-        self.keys = self._resolve()
+        self.keys = match(self.model, self.files)
+        self._check_complete()
 
     def _restore_buffer_precision(self) -> None:
         """Buffers are built in float32 (rotary frequencies); a cast to bfloat16 would damage them."""
@@ -184,58 +84,45 @@ class StreamedModel(ResidentModel):
             owner, _, leaf = name.rpartition(".")
             self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
 
-    def _meta_dtypes(self) -> dict[str, torch.dtype]:
-        key, file = next(iter(self.files.items()))
-        with _open(file) as tensors:
-            return {key: tensors.get_tensor(key).dtype}
+    def _stored_dtype(self) -> torch.dtype:
+        """Dtype of the first stored tensor of numbers."""
+        with _Files(self.files) as files:
+            for key in self.files:
+                dtype = files.get(key).dtype
+                if dtype.is_floating_point:
+                    return dtype
+        raise CorankError(f"{self.path} holds no floating-point weights; start from the dense model.")
 
-    def _resolve(self) -> dict[str, str]:
-        """Map the model's parameter and buffer names to the names on disk."""
-        base = self.model.base_model_prefix
-        resolved = {}
-        for name in self.model.state_dict():
-            for key in (name, name.removeprefix(base + "."), f"{base}.{name}"):
-                if key in self.files:
-                    resolved[name] = key
-                    break
-        blocks = self.outline.blocks + "."
-        missing = [n for n, _ in self.model.named_parameters() if n.startswith(blocks) and n not in resolved]
-        if missing:
-            raise NotStreamable(
-                f"The checkpoint {self.path} stores {missing[0]} under another name; load it as a whole."
-            )
-        return resolved
+    def _check_complete(self) -> None:
+        tied = self.model.all_tied_weights_keys
+        ties = {*tied, *tied.values()}
+        for name, _ in self.model.named_parameters():
+            if name not in self.keys and name not in ties:
+                raise NotStreamable(f"The checkpoint {self.path} stores no {name}; load it as a whole.")
 
     def read(self, name: str) -> Tensor:
         """One tensor of the checkpoint, by the model's name for it, as stored."""
-        key = self.keys[name]
-        with _open(self.files[key]) as tensors:
-            return tensors.get_tensor(key)
+        with _Files(self.files) as files:
+            return self.keys[name].read(name, files.get, self.model)
 
     def _materialise(
         self, module: nn.Module, prefix: str, skip: tuple[nn.Module, ...] = ()
     ) -> list[tuple[nn.Module, str]]:
         filled = []
-        by_file: dict[Path, list[tuple[nn.Module, str, str]]] = {}
-        for path, child in module.named_modules(prefix=prefix):
-            if child in skip:
-                continue
-            for leaf, parameter in child._parameters.items():
-                name = f"{path}.{leaf}" if path else leaf
-                if parameter is not None and parameter.is_meta and name in self.keys:
-                    by_file.setdefault(self.files[self.keys[name]], []).append((child, leaf, self.keys[name]))
-            for leaf in child._buffers:
-                name = f"{path}.{leaf}" if path else leaf
-                if name in self.keys:
-                    key = self.keys[name]
-                    with _open(self.files[key]) as tensors:
-                        child._buffers[leaf] = tensors.get_tensor(key).to(self.device)
-        for file, wanted in by_file.items():
-            with _open(file) as tensors:
-                for child, leaf, key in wanted:
-                    value = tensors.get_tensor(key).to(self.device, self.dtype)
-                    child._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-                    filled.append((child, leaf))
+        with _Files(self.files) as files:
+            for path, child in module.named_modules(prefix=prefix):
+                if child in skip:
+                    continue
+                for leaf in [*child._parameters, *child._buffers]:
+                    name = f"{path}.{leaf}" if path else leaf
+                    if name not in self.keys:
+                        continue
+                    if leaf in child._buffers:
+                        child._buffers[leaf] = self.keys[name].read(name, files.get, self.model).to(self.device)
+                    elif (parameter := child._parameters[leaf]) is not None and parameter.is_meta:
+                        value = self.keys[name].read(name, files.get, self.model).to(self.device, self.dtype)
+                        child._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+                        filled.append((child, leaf))
         return filled
 
     @staticmethod
@@ -248,11 +135,17 @@ class StreamedModel(ResidentModel):
     @contextlib.contextmanager
     def block(self, layer: int) -> Iterator[nn.Module]:
         """The block with its weights read from disk; they are dropped again at the end."""
+        if layer == self.outline.layers:
+            with self.outside(head=True):
+                yield self.model
+            return
         block = self._block(layer)
-        filled = self._materialise(block, f"{self.outline.blocks}.{layer}")
+        filled = self._materialise(block, self.outline.path(layer))
+        take_apart(block)
         try:
             yield block
         finally:
+            put_together(block)
             self._release(filled)
             return_free_memory()
 
@@ -268,7 +161,33 @@ class StreamedModel(ResidentModel):
             yield
         finally:
             self._release(filled)
-            self.model.tie_weights()
+            with contextlib.suppress(ValueError, AttributeError):  # a pair that has been factorized has nothing to tie
+                self.model.tie_weights()
+            return_free_memory()
+
+
+class _Files:
+    """Safetensors files, each opened when it is first needed."""
+
+    def __init__(self, files: dict[str, Path]):
+        self._files, self._open = files, contextlib.ExitStack()
+        self._handles: dict[Path, Any] = {}
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.close()
+
+    def get(self, key: str) -> Tensor:
+        """A tensor by its name in the files."""
+        file = self._files[key]
+        if file not in self._handles:
+            self._handles[file] = self._open.enter_context(_open(file))
+        try:
+            return self._handles[file].get_tensor(key)
+        except SafetensorError as error:
+            raise _damaged(file, error) from None
 
 
 def return_free_memory() -> None:
@@ -288,7 +207,11 @@ def _open(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except SafetensorError as error:
-        raise CorankError(f"{file} is truncated or corrupt ({error}); download or copy it again.") from None
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> CorankError:
+    return CorankError(f"{file} is truncated or corrupt ({error}); download or copy it again.")
 
 
 def tensor_files(path: Path) -> dict[str, Path]:

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import sysconfig
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,81 @@ class Text:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token windows to calibrate on.
+    """What to calibrate on: windows of tokens, or batches of whatever the model takes in.
 
     Attributes:
-        ids: [samples, length] token ids.
+        ids: [samples, length] token ids; empty if there are `examples`.
         mask: [samples, length] bool, True for real tokens; None if all are.
         source: description for the report, with the text's hash.
+        examples: batches of model inputs by name, in place of tokens.
     """
 
     ids: Tensor
     mask: Tensor | None
     source: dict[str, Any]
+    examples: tuple[Mapping[str, Any], ...] = ()
+
+    def batches(self, size: int) -> list[dict[str, Any]]:
+        """Model inputs, `size` windows at a time; examples come as they are."""
+        if self.examples:
+            return [dict(example) for example in self.examples]
+        batches = []
+        for i in range(0, len(self.ids), size):
+            batch = {"input_ids": self.ids[i : i + size]}
+            if self.mask is not None:
+                batch["attention_mask"] = self.mask[i : i + size].bool()
+            batches.append(batch)
+        return batches
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Calibration data of any kind: batches of model inputs, e.g. ``[{"pixel_values": x}, ...]``.
+
+    Attributes:
+        items: what the model's forward takes by name; the first size of every tensor is the batch.
+    """
+
+    items: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def of(cls, items: Iterable[Mapping[str, Any]]) -> Examples:
+        """Check the batches.
+
+        Raises:
+            CorankError: there are none, or one is not a mapping from names to tensors.
+        """
+        found = tuple(items)
+        for item in found:
+            if not isinstance(item, Mapping) or not any(isinstance(v, Tensor) for v in item.values()):
+                raise CorankError(
+                    f"Calibration data is a text, or a list of dicts of tensors as the model takes them; found a "
+                    f"{type(item).__name__}."
+                )
+        if not found:
+            raise CorankError("The list of calibration data is empty; give at least one dict of model inputs.")
+        return cls(found)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the names, shapes and values."""
+        digest = hashlib.sha256()
+        for item in self.items:
+            for name, value in sorted(item.items()):
+                digest.update(name.encode())
+                if isinstance(value, Tensor):
+                    value = value.detach().cpu().contiguous()
+                    digest.update(f"{value.dtype}{list(value.shape)}".encode())
+                    digest.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+                else:
+                    digest.update(repr(value).encode())
+        return digest.hexdigest()
+
+    def calibration(self) -> Calibration:
+        """The same as the engine takes it."""
+        samples = sum(next(len(v) for v in item.values() if isinstance(v, Tensor)) for item in self.items)
+        source = {"text": "examples", "sha256": self.sha256, "samples": samples, "batches": len(self.items)}
+        return Calibration(torch.zeros(0, 0, dtype=torch.long), None, source, self.items)
 
 
 def read_text(source: str | Path) -> Text:

@@ -33,7 +33,7 @@ class Report:
             each ``{"dense": int, "compressed": int}``; and ``"break_even"``, a mapping of name -> rank.
         sites: one dict per site: name, role, layer (int or None), shape [m, n], kind, rank, max_rank, params,
             params_dense, loss (``||L (W - W') S|| / ||L W S||``), and optionally predicted_loss and curve,
-            pairs [rank, relative loss].
+            pairs [rank, relative loss], and predicted_nats, its part in the increase of the loss.
         stages: stage -> seconds.
         peak_memory_bytes: peak of the whole run.
         seed: the seed of the run.
@@ -95,6 +95,12 @@ class Report:
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         fields = {key: value for key, value in document.items() if key in known and value is not None}
         return cls(**fields, extra={key: value for key, value in document.items() if key not in known})
+
+    @property
+    def predicted_increase(self) -> float | None:
+        """Predicted ln(perplexity / dense perplexity) on the calibration text; None without an output metric."""
+        parts = [s.get("predicted_nats") for s in self.sites if s["kind"] != "dense"]
+        return sum(p for p in parts if p is not None) if parts and all(p is not None for p in parts) else None
 
     def save(self, path: str | Path) -> Path:
         """Write the JSON file, atomically, and return its path."""

@@ -88,6 +88,10 @@ def facts(report: Report) -> list[tuple[str, str]]:
     if report.sites:
         dense = sum(site["kind"] == "dense" for site in report.sites)
         rows.append(("Sites", f"{len(report.sites)} ({dense} left dense)"))
+    nats = report.predicted_increase
+    if nats is not None:
+        predicted = f"+{numbers.number(nats, 3)} nats per token, perplexity {numbers.ratio(math.exp(min(nats, 700.0)))}"
+        rows.append(("Predicted", f"{predicted}, on text like the calibration text"))
     broken = break_even(report)
     if broken:
         rows.append(("Break-even rank", broken))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from corank.statistics.angular import AngularDistance
 from corank.statistics.cross import Cross, CrossGram
 from corank.statistics.fisher import Fisher, FisherDiagonal
-from corank.statistics.gradient import GradientGram, OutputMetric
+from corank.statistics.gradient import ClippedGradientGram, GradientGram, OutputMetric
 from corank.statistics.gram import Gram, InputGram
 from corank.statistics.moments import InputMoments, Moments
 from corank.statistics.statistic import Statistic
@@ -21,12 +21,14 @@ STATISTICS: dict[str, type[Statistic]] = {
     "cross": CrossGram,
     "fisher": FisherDiagonal,
     "gradient": GradientGram,
+    "clipped-gradient": ClippedGradientGram,
     "angular": AngularDistance,
 }
 
 __all__ = [
     "STATISTICS",
     "AngularDistance",
+    "ClippedGradientGram",
     "Cross",
     "CrossGram",
     "Fisher",

@@ -1,0 +1,127 @@
+"""`corank compress` and `corank compare`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from corank import recipe
+from corank.api import check_target
+from corank.api import compress as compress_model
+from corank.assess import assess, write_documents
+from corank.commands.arguments import layers_of, parse_settings, read_texts
+from corank.commands.output import console, emit
+from corank.comparison import compare_methods
+from corank.errors import CorankError
+from corank.report.table import comparison_table, print_report
+from corank.watch import Watch
+
+
+def compress(args: Namespace) -> int:
+    """``corank compress``."""
+    file = recipe.from_yaml(args.recipe) if args.recipe else {}
+    run: dict[str, Any] = {
+        "method": "best",
+        "data": "builtin",
+        "samples": 64,
+        "length": 512,
+        "seed": 0,
+        "scope": None,
+    }
+    run |= {k: v for k, v in file.items() if k != "set"}
+    flags = {k: getattr(args, k) for k in ("model", "method", "data", "samples", "length", "seed", "scope")}
+    run |= {k: v for k, v in flags.items() if v is not None}
+    budget = {k: getattr(args, k) for k in ("keep", "remove", "params", "bytes") if getattr(args, k) is not None}
+    if args.max_perplexity_increase is not None:
+        budget |= {"max_perplexity_increase": args.max_perplexity_increase, "heldout": args.heldout}
+    sizes = ("keep", "remove", "params", "bytes", "max_perplexity_increase", "heldout")
+    budget = budget or {k: run[k] for k in sizes if k in run}
+    settings = {**(file.get("set") or {}), **parse_settings(args.set, args)}
+    if not run.get("model"):
+        raise CorankError("Name the model to compress: corank compress MODEL --keep 0.8 --out DIR.")
+    entry = recipe.get(run["method"])
+    entry.recipe(**settings)  # bad settings are told before anything is loaded
+    out = check_target(args.out)
+    texts = [] if args.no_eval else read_texts(args.text)
+    watch = Watch(run["method"], layers_of(run["model"]), args.quiet)
+    try:
+        report = compress_model(
+            run["model"],
+            run["method"],
+            **budget,
+            scope=run["scope"],
+            out=out,
+            data=run["data"],
+            samples=run["samples"],
+            length=run["length"],
+            seed=run["seed"],
+            batch=args.batch,
+            device=args.device,
+            dtype=args.dtype,
+            cache=args.cache,
+            progress=watch,
+            **settings,
+        )
+        if texts:
+            report = assess(
+                report,
+                run["model"],
+                out,
+                texts,
+                windows=args.windows or None,
+                window=args.window,
+                timed=args.speed,
+                step=watch.step,
+            )
+    finally:
+        watch.close()
+    write_documents(report, out)
+    (out / "recipe.yaml").write_text(recipe.to_yaml({**run, **budget, "set": settings}))
+    if args.json:
+        emit(report.to_json())
+    else:
+        print_report(report, console())
+        print(f"\n{out} is ready: import corank, then AutoModelForCausalLM.from_pretrained({str(out)!r}).")
+        print(f"The page with the plots: {out / 'report.html'}")
+    return 0
+
+
+def compare(args: Namespace) -> int:
+    """``corank compare``."""
+    names = [n for n in args.methods.split(",") if n]
+    settings = parse_settings(args.set)
+    watch = Watch("compare", layers_of(args.model), args.quiet)
+    try:
+        reports, failed = compare_methods(
+            args.model,
+            names,
+            args.keep,
+            Path(args.out),
+            texts=read_texts(args.text),
+            windows=args.windows or None,
+            window=args.window,
+            settings=settings,
+            data=args.data or "builtin",
+            samples=args.samples or 64,
+            length=args.length or 512,
+            seed=args.seed or 0,
+            batch=args.batch,
+            device=args.device,
+            dtype=args.dtype,
+            save_models=args.save_models,
+            watch=watch,
+        )
+    finally:
+        watch.close()
+    if args.json:
+        emit({"reports": [r.to_json() for r in reports], "failed": failed})
+    else:
+        if reports:
+            console().print(comparison_table(reports))
+        for cell, reason in failed.items():
+            print(f"{cell}: {reason}")
+        print(
+            f"The table with plots: {Path(args.out) / 'comparison.html'}; the Pareto front: {Path(args.out) / 'pareto.png'}"
+        )
+    return 0 if reports else 2

@@ -1,0 +1,135 @@
+"""`corank eval`, `corank bench` and `corank generate`."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from corank.api import load
+from corank.assess import perplexities
+from corank.commands.arguments import read_texts
+from corank.commands.output import console, emit
+from corank.errors import CorankError
+from corank.evaluate import sample, speed
+from corank.evaluate.tasks import TaskResults, run_tasks
+from corank.report import numbers
+from corank.report.table import speed_table
+from corank.watch import Watch
+
+
+def eval(args: Namespace) -> int:
+    """``corank eval``: perplexity, or tasks of lm-eval, or both if texts are named as well."""
+    results = _results_file(args) if args.tasks else None
+    texts = [] if args.tasks and not args.text else read_texts(args.text)
+    model, tokenizer = load(args.model, device=args.device)
+    watch = Watch("eval", 1, args.quiet)
+    found = perplexities(model, tokenizer, texts, args.windows or None, args.window, str(args.model), watch.step)
+    watch.close()
+    shown: dict[str, Any] = {"model": str(args.model), "perplexity": found}
+    tasks = None
+    if results is not None:
+        tasks = run_tasks(
+            model,
+            tokenizer,
+            args.tasks.split(","),
+            name=str(args.model),
+            tasks_dir=args.tasks_dir,
+            limit=args.limit,
+            shots=args.shots,
+            chat=args.chat,
+            batch_size=args.batch,
+            results=results,
+            quiet=args.quiet,
+        )
+        shown["tasks"] = tasks.to_json()
+    if args.json:
+        emit(shown)
+        return 0
+    if found:
+        console().print(_perplexity_table(str(args.model), found))
+    if tasks is not None:
+        console().print(_score_table(str(args.model), tasks))
+        print(f"The results as lm-eval {tasks.version} writes them: {tasks.file}")
+    return 0
+
+
+def _results_file(args: Namespace) -> Path:
+    """Where lm-eval's JSON goes: where the user says, else a new file here."""
+    if args.results:
+        return Path(args.results)
+    return Path(f"{Path(args.model).name}-lm-eval-{time.strftime('%Y%m%d-%H%M%S')}.json")
+
+
+def _perplexity_table(title: str, found: Mapping[str, dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for head in ("Text", "Perplexity", "Windows", "Tokens", "BOS", "Seconds"):
+        table.add_column(head, justify="left" if head == "Text" else "right")
+    for name, row in found.items():
+        spread = row["value"] * row["stderr"]
+        value = f"{numbers.number(row['value'])} ± {numbers.number(spread, 2)}"
+        table.add_row(
+            name,
+            value,
+            f"{row['windows']} × {row['window']}",
+            str(row["tokens"]),
+            "yes" if row["bos"] else "no",
+            f"{row['seconds']:.1f}",
+        )
+    return table
+
+
+def _score_table(title: str, tasks: TaskResults) -> Table:
+    table = Table(title=f"{title}, texts {'with' if tasks.bos else 'without'} BOS", title_justify="left")
+    for head in ("Task", "Metric", "Value", "Better", "Documents", "Shots"):
+        table.add_column(head, justify="left" if head in ("Task", "Metric") else "right")
+    for score in tasks.scores:
+        value = numbers.number(score.value, 4)
+        better = {True: "higher", False: "lower", None: "–"}[score.higher_is_better]
+        table.add_row(
+            score.task,
+            score.metric if score.filter == "none" else f"{score.metric}, {score.filter}",
+            value if score.stderr is None else f"{value} ± {numbers.number(score.stderr, 2)}",
+            better,
+            str(score.samples),
+            "–" if score.shots is None else str(score.shots),
+        )
+    return table
+
+
+def bench(args: Namespace) -> int:
+    """``corank bench``."""
+    try:
+        batches = [int(b) for b in args.batch.split(",")]
+    except ValueError:
+        raise CorankError(f"--batch takes numbers separated by commas, not {args.batch!r}.") from None
+    models = {"dense": load(args.baseline)[0]} | {Path(m).name: load(m)[0] for m in args.models}
+    rows = speed(
+        models, prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens, batch_sizes=batches, repeats=args.repeats
+    )
+    found = [row.to_json() for row in rows]
+    if args.json:
+        emit(found)
+    else:
+        console().print(speed_table(found))
+    return 0
+
+
+def generate(args: Namespace) -> int:
+    """``corank generate``."""
+    model, tokenizer = load(args.model)
+    result = sample(
+        model,
+        tokenizer,
+        args.prompt,
+        max_new_tokens=args.tokens,
+        seed=args.seed,
+        temperature=args.temperature,
+        chat=args.chat,
+    )
+    emit(result.to_json()) if args.json else print(result.completion if args.chat else args.prompt + result.completion)
+    return 0

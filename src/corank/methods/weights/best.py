@@ -1,0 +1,38 @@
+"""corank's own recipe: the combination of published ideas that loses least for every byte (docs/how-it-works.md).
+
+    min sum over layers of || R^{1/2} (W - W') G^{1/2} ||_F^2   subject to   sum over layers of cost(rank) <= budget
+
+with G = E[x x^T], R = E[g g^T], g = dLoss/dy, both lightly shrunk; cost(k) = k (m + n - k) + k, that of pivoted storage.
+
+Needs: one forward and one backward pass. Stores: pivoted pairs; layers that gain nothing stay dense. From KFAC-SVD the
+metric; one exact allocation of the whole budget over all layers, which the metric makes comparable (the objective is
+the second-order change of the loss); from PIFA the storage, whose cost the allocation knows.
+"""
+
+from __future__ import annotations
+
+from corank.factorize import Geometry, Measured, Spectral
+from corank.recipe import Recipe, register
+
+
+@register("best", family="weights", cite="corank")
+def best(shrink_inputs: float = 0.005, shrink_outputs: float = 0.03, precision: str = "auto") -> Recipe:
+    """The least predicted increase of the loss, over all layers at once.
+
+    Args:
+        shrink_inputs: weight of the identity in G.
+        shrink_outputs: weight of the identity in R.
+        precision: "auto", "double" or "mixed".
+    """
+
+    def geometry(measured: Measured) -> Geometry:
+        return Geometry(measured.metric(shrink_inputs), R=measured.output_metric("gradient", shrink_outputs))
+
+    return Recipe(
+        statistics=("gram", "gradient"),
+        geometry=geometry,
+        factorize=Spectral(precision),
+        allocate="lagrange",
+        currency="energy",
+        pack=True,
+    )

@@ -1,0 +1,166 @@
+"""ONNX: PyTorch's exporter, checked in ONNX Runtime, with proof that the factors stay factors."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corank import checkpoint
+from corank.errors import CorankError
+from corank.serve.export import INPUTS, Step, compare, program, quiet, stock_config
+
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+
+
+def require_onnx() -> None:
+    """Raise `CorankError` unless the packages are installed."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CorankError(
+            f"Exporting to ONNX needs optional packages ({', '.join(missing)}): pip install 'corank[export]'."
+        )
+
+
+def write_onnx(model: Any, folder: Path, tolerance: float, step: Step) -> dict[str, Any]:
+    """Write ``model.onnx`` (with ``model.onnx.data`` beside it if it is large) and check it.
+
+    Args:
+        model: in float32.
+        folder: directory to write into.
+        tolerance: see :func:`corank.serve.export.export`.
+        step: progress.
+
+    Returns:
+        difference, magnitude, initializers, optimized, densified as in :class:`corank.serve.export.Export`.
+
+    Raises:
+        CorankError: the model cannot be exported, ONNX Runtime gives other logits, or a factorized matrix has
+            become dense.
+    """
+    file = folder / "model.onnx"
+    axes = {0: "batch", 1: "sequence"}
+    exported = program(model)
+    step("export to onnx", 1, 4)
+    with quiet():
+        converted = torch.onnx.export(
+            exported,
+            dynamo=True,
+            verbose=False,
+            input_names=list(INPUTS),
+            output_names=["logits"],
+            dynamic_shapes=(axes, axes),  # the names of the axes; which ones are free has been said in `program`
+        )
+        if converted is None:
+            raise CorankError(f"PyTorch's ONNX exporter gave nothing for {type(model).__name__}.")
+        converted.save(file)
+    del converted, exported
+    step("export to onnx", 2, 4)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        optimized = Path(scratch) / "optimized.onnx"
+        run = session(file, optimized)
+        before, after = stored_shapes(file), stored_shapes(optimized)
+    step("export to onnx", 3, 4)
+    refuse_densified(model, before, "the exported graph")
+    refuse_densified(model, after, "ONNX Runtime's optimized graph")
+
+    def logits(ids: Tensor, mask: Tensor) -> Tensor:
+        return torch.from_numpy(run.run(None, dict(zip(INPUTS, (ids.numpy(), mask.numpy()), strict=True)))[0])
+
+    worst = compare(model, logits, tolerance, "the graph in ONNX Runtime")
+    step("export to onnx", 4, 4)
+    return {
+        **worst,
+        "initializers": sum(math.prod(shape) * many for shape, many in before.items()),
+        "optimized": sum(math.prod(shape) * many for shape, many in after.items()),
+        "densified": densified(model),
+    }
+
+
+def densified(model: Any) -> int:
+    """Parameters of the architecture with nothing factorized, tied ones once."""
+    with torch.device("meta"):
+        dense = type(model)(stock_config(model))
+    return sum(p.numel() for p in dense.parameters())
+
+
+def session(file: Path, optimized: Path | None = None, threads: int | None = None) -> Any:
+    """An ONNX Runtime session on the CPU.
+
+    Args:
+        file: the graph.
+        optimized: where to write the graph that ONNX Runtime makes of it.
+        threads: for one operator; None: as many as PyTorch uses.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns that an optimized graph fits this machine only
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        # beside the graph, because a file in ONNX's format cannot exceed 2 GB
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{optimized.name}.data"
+        )
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def stored_shapes(file: Path) -> Counter[tuple[int, ...]]:
+    """Shape -> number of tensors stored in an ONNX file, in subgraphs and functions too; the data is not read."""
+    import onnx
+
+    model = onnx.load(str(file), load_external_data=False)
+
+    def tensors(graph: Any) -> Iterator[tuple[int, ...]]:
+        for tensor in getattr(graph, "initializer", ()):
+            yield tuple(tensor.dims)
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield tuple(attribute.t.dims)
+                for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                    yield from tensors(inner)
+
+    return Counter(shape for graph in (model.graph, *model.functions) for shape in tensors(graph))
+
+
+def refuse_densified(model: Any, stored: Counter[tuple[int, ...]], what: str) -> None:
+    """Check that no matrix of the size of a factorized one is stored that the model does not have itself.
+
+    Constant folding is free to multiply two constants; nothing in the format forbids it. Sites of full rank are passed
+    over: a factor of theirs may have that very size.
+
+    Args:
+        model: the model, whose own matrices (dense ones, embeddings, factors of the same size) are allowed, a tied
+            one twice, because folding may store it transposed as well.
+        stored: see :func:`stored_shapes`.
+        what: the graph, for the error.
+
+    Raises:
+        CorankError: there is such a matrix.
+    """
+
+    def oriented(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(shape))
+
+    own = Counter(oriented(tuple(t.shape)) for t in (*model.parameters(), *model.buffers()))
+    every = Counter(oriented(tuple(p.shape)) for _, p in model.named_parameters(remove_duplicate=False))
+    tied = every - Counter(oriented(tuple(p.shape)) for p in model.parameters())
+    found: Counter[tuple[int, ...]] = Counter()
+    for shape, many in stored.items():
+        found[oriented(shape)] += many
+    for name, layer in checkpoint.factorized(model).items():
+        shape = oriented((layer.out_features, layer.in_features))
+        if layer.rank < shape[0] and found[shape] > own[shape] + tied[shape]:
+            raise CorankError(
+                f"{what} stores {found[shape]} matrices of the size of {name} ({list(shape)}) and the model has "
+                f"{own[shape]}: its factors have been multiplied out; nothing has been written."
+            )
