@@ -108,7 +108,7 @@ def speed(dense: Path, small: Path, work: Path, shapes: Sequence[tuple[int, int]
         for name in ("dense", "small"):
             row[f"{name} onnxruntime to torch"] = ratios(seconds[f"torch {name}"], seconds[f"onnxruntime {name}"])
         rows.append(row)
-    kept = ("parameters", "initializers", "optimized", "densified", "difference", "magnitude")
+    kept = ("parameters", "initializers", "optimized", "copied", "densified", "difference", "magnitude")
     return {
         "repeats": repeats,
         "threads": torch.get_num_threads(),
@@ -183,7 +183,8 @@ def show(result: Mapping[str, Any]) -> None:
         out.print(table)
         small = found["exports"]["small"]
         out.print(
-            f"The compressed graph stores {small['initializers']:,} numbers, {small['optimized']:,} after optimization; "
+            f"The compressed graph stores {small['initializers']:,} numbers; after optimization "
+            f"{small['optimized'] - small['copied']:,} and {small['copied']:,} as a second copy of tied matrices; "
             f"multiplied out it would be {small['densified']:,}."
         )
     if "load" in result:

@@ -10,6 +10,7 @@ import torch
 
 import corank
 from corank import recipe
+from corank.budget import ALLOCATORS
 from corank.engine.site import cost, factorize_site
 from corank.factorize import Measured
 from corank.model import Site, Text
@@ -214,6 +215,16 @@ def test_any_allocator_works_with_every_method(name):
     report = corank.compress(model, name, keep=0.8, allocate="lagrange", tokenizer=tokenizer(), **DATA)
     sites = report.accounting["sites"]
     assert 0.7 * sites["dense"] <= sites["compressed"] <= 0.8 * sites["dense"]
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+@pytest.mark.parametrize("name", ["best", "col-id"])
+def test_every_allocator_works(name, allocator):
+    model = tiny("qwen2-bias")
+    report = corank.compress(model, name, keep=0.7, allocate=allocator, tokenizer=tokenizer(), **DATA)
+    sites = report.accounting["sites"]
+    assert 0.6 * sites["dense"] <= sites["compressed"] <= 0.7 * sites["dense"]
+    assert report.predicted_increase is None if name == "col-id" else report.predicted_increase > 0
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -9,15 +9,18 @@ Importing corank registers its checkpoint format with transformers, so that ``Au
 loads a compressed directory like any other.
 """
 
-import corank.evaluate
-import corank.methods  # noqa: F401  both are packages whose names the functions below take over
-from corank.account import VERSION as __version__
-from corank.api import compress, evaluate, load
-from corank.budget import Budget
-from corank.checkpoint import dequantize, verify
-from corank.errors import CorankError
-from corank.recipe import Recipe, methods, register
-from corank.report import Report
+from corank.quiet import quiet_imports
+
+with quiet_imports():
+    import corank.evaluate
+    import corank.methods  # noqa: F401  both are packages whose names the functions below take over
+    from corank.account import VERSION as __version__
+    from corank.api import compress, evaluate, load
+    from corank.budget import Budget
+    from corank.checkpoint import dequantize, verify
+    from corank.errors import CorankError
+    from corank.recipe import Recipe, methods, register
+    from corank.report import Report
 
 __all__ = [
     "Budget",

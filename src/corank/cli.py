@@ -284,12 +284,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # The parser knows nothing of PyTorch, so that --help answers at once.
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
     from corank import commands
     from corank.errors import CorankError
 
-    logging.disable_progress_bar()  # corank has its own
+    disable_progress_bar()  # corank has its own
     try:
         return getattr(commands, parsed.command)(parsed)
     except CorankError as error:

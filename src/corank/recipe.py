@@ -110,6 +110,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.allocate not in ALLOCATORS:
             raise unknown("allocator", self.allocate, ALLOCATORS)
+        if self.allocate == "swift-svd" and "angular" not in self.statistics:  # it weighs layers by what they change
+            object.__setattr__(self, "statistics", (*self.statistics, "angular"))
         if self.target not in TARGETS:
             raise unknown("target", self.target, TARGETS)
         if self.labels not in LABELS:

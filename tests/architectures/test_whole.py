@@ -25,7 +25,7 @@ DATA = dict(data=TEXT, samples=4, length=12, batch=2)
 
 
 def test_an_encoder_and_a_decoder_run_as_a_whole(tmp_path):
-    plan = outline(make("t5").config, tf.T5ForConditionalGeneration)
+    plan = outline(make("t5").config)
     assert plan.whole and plan.layers == 1 and plan.blocks == "" and plan.path(0) == ""
     assert {s.block for s in plan.sites} == {0, 1} and {s.layer for s in plan.sites} == {0}
     make("t5").save_pretrained(tmp_path)
@@ -34,7 +34,7 @@ def test_an_encoder_and_a_decoder_run_as_a_whole(tmp_path):
 
 
 def test_cross_attention_reads_what_the_encoder_wrote():
-    sites = {s.name: s for s in outline(make("t5").config, tf.T5ForConditionalGeneration).sites}
+    sites = {s.name: s for s in outline(make("t5").config).sites}
     keys = [s for n, s in sites.items() if n.endswith("EncDecAttention.k") or n.endswith("EncDecAttention.v")]
     assert len({s.group for s in keys}) == 1 and not any(s.decoder for s in keys)  # of all layers: one encoder output
     assert all(sites[n].decoder for n in sites if n.endswith("EncDecAttention.q"))

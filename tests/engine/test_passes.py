@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 import corank
+from corank.budget import ALLOCATORS
 from corank.engine.stream import Stream
 from corank.factors import weight_of
 from corank.linalg import refit_output
@@ -311,3 +312,25 @@ def test_one_sweep_sees_inputs_and_gradients(rounds, tmp_path, monkeypatch):
             for key in apart.keys():  # noqa: SIM118
                 torch.testing.assert_close(fused.get_tensor(key), apart.get_tensor(key), rtol=1e-12, atol=1e-12)
     assert not list((tmp_path / "a").rglob("*-part-*"))
+
+
+def test_swift_svd_looks_at_what_the_layers_change(monkeypatch):
+    seen = {}
+
+    def looked_at(curves, limit, **options):
+        seen["curves"] = curves
+        return ALLOCATORS["uniform"](curves, limit, **options)
+
+    monkeypatch.setitem(ALLOCATORS, "swift-svd", looked_at)
+    model = tiny("llama-gqa")
+    corank.compress(model, "svd-llm", keep=0.7, allocate="swift-svd", tokenizer=tokenizer(), **DATA)
+    importance = {c.layer: c.importance for c in seen["curves"]}
+    assert len(set(importance.values())) == len(importance) > 1
+    ids = windows_of().ids
+    with torch.no_grad():
+        hidden = tiny("llama-gqa")(input_ids=ids, output_hidden_states=True).hidden_states
+    first = (
+        torch.nn.functional.cosine_similarity(hidden[0], hidden[1], dim=-1).clamp(-1, 1)[:, -1].arccos().mean()
+        / torch.pi
+    )
+    assert importance[0] == pytest.approx(float(first), rel=1e-3)

@@ -23,7 +23,7 @@ from checkpoint.checkpoint_models import compress, make, share
 from corank import CorankError
 from corank.cli import main
 from corank.serve.export import compare, export
-from corank.serve.onnx import refuse_densified, stored_shapes
+from corank.serve.onnx import refuse_densified, second_copies, stored_shapes
 from tiny import tokenizer
 
 IDS = torch.randint(3, 60, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -93,7 +93,7 @@ def test_the_graph_stores_the_factors_and_no_product_of_them(small, graph, tmp_p
     assert (done.initializers, done.optimized) == (stored["initializers"], stored["optimized"])
     parameters = sum(p.numel() for p in small[1].parameters())
     dense = sum(p.numel() for p in corank.dequantize(of_every_kind()).parameters())
-    assert done.parameters == parameters and done.densified == dense
+    assert done.parameters == parameters and done.densified == dense and done.copied == 0
     # pivots and constants of the graph come on top of the parameters
     assert parameters < min(stored.values()) and max(stored.values()) < parameters + 64 < dense
     own = Counter(tuple(sorted(p.shape)) for p in small[1].parameters())
@@ -110,6 +110,17 @@ def test_a_graph_whose_factors_were_multiplied_out_is_refused(small):
     for densified in ((37, 24), (24, 37)):
         with pytest.raises(CorankError, match="multiplied out"):
             refuse_densified(model, shapes + Counter([densified] * 4), "the graph")
+
+
+def test_second_copies_of_tied_matrices_are_counted_and_allowed():
+    model = compress(make("llama-tied"))
+    shapes = Counter(tuple(p.shape) for p in model.parameters())
+    assert shapes[64, 24] == 1
+    for stored, wanted in ((shapes, 0), (shapes + Counter([(24, 64)]), 64 * 24)):
+        assert second_copies(model, stored) == wanted
+        refuse_densified(model, stored, "the graph")
+    untied = compress(make("llama"))
+    assert second_copies(untied, Counter([(64, 24), (64, 24), (24, 64)])) == 0
 
 
 def test_beside_the_graph_lie_a_plain_config_and_the_tokenizer(graph):

@@ -9,7 +9,7 @@ the compressed model, and compresses the groups of a block in the order in which
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -110,11 +110,18 @@ def allocate(job: Job, store: StatisticsStore, curves: dict[str, Curve], distanc
             raise CorankError("This method needs a budget: give one of --keep, --remove, --params or --bytes.")
         limit, name = job.limit, recipe.allocate
         every = [curves.get(s.name) or curve_of(recipe, s) for s in job.sites]
+        if distances:  # what a layer changes is its importance (ShortGPT's block influence)
+            every = [replace(c, importance=_influence(distances, c.layer)) for c in every]
         ranks = ALLOCATORS[name](every, limit, floor=recipe.floor, multiple_of=recipe.multiple_of)
     every = [curves.get(s.name) or curve_of(recipe, s) for s in job.sites]
     full = {s.name: ranks.get(s.name) for s in job.sites}
     kinds = {s.name: kind_of(recipe, s) for s in job.sites}
     return Plan.from_ranks(every, full, kind=kinds, allocator=name, limit=limit)
+
+
+def _influence(distances: list[float], layer: int) -> float:
+    """Change of the hidden states in a layer; for what lies around the layers, the mean."""
+    return distances[layer] if layer < len(distances) else sum(distances) / len(distances)
 
 
 def _loader(job: Job, store: StatisticsStore) -> Callable[[Site], tuple[torch.Tensor, Measured]]:

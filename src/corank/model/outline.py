@@ -33,6 +33,8 @@ from corank.model.archs import (
 from corank.model.site import Site
 
 _TEXT = {"input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask", "labels"}
+#: tasks in which a configuration that names no class is looked up, in this order
+_MAPPINGS = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_CLASSIFICATION")
 MINOR = 0.1
 """A list of blocks with less than this share of the matrices does not make a model one of several parts."""
 
@@ -98,10 +100,11 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
-    mapping = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) in mapping:
-        found: Any = mapping[type(config)]
-        return found
+    for name in _MAPPINGS:
+        mapping = getattr(transformers, f"MODEL_FOR_{name}_MAPPING")
+        if type(config) in mapping:
+            found: Any = mapping[type(config)]
+            return found
     raise CorankError(
         f"The configuration names the architecture {config.architectures or config.model_type!r}, which the installed "
         f"transformers {transformers.__version__} does not have; upgrade transformers."

@@ -54,7 +54,8 @@ class Export:
         magnitude: largest absolute logit in the checks.
         initializers: for ONNX, numbers stored in the graph as exported.
         optimized: the same after ONNX Runtime's optimization.
-        densified: the same if the factors had been multiplied out.
+        copied: how many of those are a second copy of tied matrices.
+        densified: parameters that the model would have if the factors had been multiplied out.
     """
 
     format: str
@@ -65,6 +66,7 @@ class Export:
     magnitude: float | None = None
     initializers: int | None = None
     optimized: int | None = None
+    copied: int | None = None
     densified: int | None = None
 
     def to_json(self) -> dict[str, Any]:

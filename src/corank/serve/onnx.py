@@ -6,7 +6,7 @@ import importlib.util
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def write_onnx(model: Any, folder: Path, tolerance: float, step: Step) -> dict[s
         step: progress.
 
     Returns:
-        difference, magnitude, initializers, optimized, densified as in :class:`corank.serve.export.Export`.
+        difference, magnitude, initializers, optimized, copied, densified as in :class:`corank.serve.export.Export`.
 
     Raises:
         CorankError: the model cannot be exported, ONNX Runtime gives other logits, or a factorized matrix has
@@ -80,6 +80,7 @@ def write_onnx(model: Any, folder: Path, tolerance: float, step: Step) -> dict[s
         **worst,
         "initializers": sum(math.prod(shape) * many for shape, many in before.items()),
         "optimized": sum(math.prod(shape) * many for shape, many in after.items()),
+        "copied": second_copies(model, after),
         "densified": densified(model),
     }
 
@@ -132,33 +133,58 @@ def stored_shapes(file: Path) -> Counter[tuple[int, ...]]:
     return Counter(shape for graph in (model.graph, *model.functions) for shape in tensors(graph))
 
 
-def refuse_densified(model: Any, stored: Counter[tuple[int, ...]], what: str) -> None:
+Shape = tuple[int, ...]
+
+
+def expected_shapes(model: Any) -> tuple[Counter[Shape], Counter[Shape]]:
+    """Shapes, whichever way round, of the tensors of a model; and of the tied ones, which may be stored once more.
+
+    ONNX Runtime keeps a transposed copy of an output embedding that is tied to the input embedding.
+    """
+    own = Counter(_oriented(t.shape) for t in (*model.parameters(), *model.buffers()))
+    every = Counter(_oriented(p.shape) for _, p in model.named_parameters(remove_duplicate=False))
+    return own, every - Counter(_oriented(p.shape) for p in model.parameters())
+
+
+def _oriented(shape: Iterable[int]) -> Shape:
+    return tuple(sorted(shape))
+
+
+def _found(stored: Counter[Shape]) -> Counter[Shape]:
+    found: Counter[Shape] = Counter()
+    for shape, many in stored.items():
+        found[_oriented(shape)] += many
+    return found
+
+
+def second_copies(model: Any, stored: Counter[Shape]) -> int:
+    """Numbers in a graph that are second copies of tied matrices."""
+    (own, tied), found = expected_shapes(model), _found(stored)
+    return sum(
+        math.prod(shape) * min(many, found[shape] - own[shape])
+        for shape, many in tied.items()
+        if found[shape] > own[shape]
+    )
+
+
+def refuse_densified(model: Any, stored: Counter[Shape], what: str) -> None:
     """Check that no matrix of the size of a factorized one is stored that the model does not have itself.
 
     Constant folding is free to multiply two constants; nothing in the format forbids it. Sites of full rank are passed
     over: a factor of theirs may have that very size.
 
     Args:
-        model: the model, whose own matrices (dense ones, embeddings, factors of the same size) are allowed, a tied
-            one twice, because folding may store it transposed as well.
+        model: the model, whose own matrices (dense ones, embeddings, factors of the same size) are allowed, tied ones
+            twice.
         stored: see :func:`stored_shapes`.
         what: the graph, for the error.
 
     Raises:
         CorankError: there is such a matrix.
     """
-
-    def oriented(shape: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(sorted(shape))
-
-    own = Counter(oriented(tuple(t.shape)) for t in (*model.parameters(), *model.buffers()))
-    every = Counter(oriented(tuple(p.shape)) for _, p in model.named_parameters(remove_duplicate=False))
-    tied = every - Counter(oriented(tuple(p.shape)) for p in model.parameters())
-    found: Counter[tuple[int, ...]] = Counter()
-    for shape, many in stored.items():
-        found[oriented(shape)] += many
+    (own, tied), found = expected_shapes(model), _found(stored)
     for name, layer in checkpoint.factorized(model).items():
-        shape = oriented((layer.out_features, layer.in_features))
+        shape = _oriented((layer.out_features, layer.in_features))
         if layer.rank < shape[0] and found[shape] > own[shape] + tied[shape]:
             raise CorankError(
                 f"{what} stores {found[shape]} matrices of the size of {name} ({list(shape)}) and the model has "

@@ -132,12 +132,16 @@ def _serve_by_itself(path: Path, host: str, port: int, name: str) -> int:
 
 @contextlib.contextmanager
 def _stop_on_terminate() -> Iterator[None]:
-    """SIGTERM stops like Ctrl-C while the block runs, as service managers expect."""
+    """SIGTERM stops like Ctrl-C while the block runs, as service managers expect.
+
+    Ctrl-C itself is set as well: a shell starts background programs with it ignored, and Python leaves it so.
+    """
     if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
