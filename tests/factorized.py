@@ -14,10 +14,12 @@ from corank.factors import (
     Factors,
     LowRank,
     SharedBasis,
+    TiedEmbedding,
     is_conv1d,
     packed,
     replace,
     weight_of,
+    wire_tied,
 )
 from corank.linalg import pack
 from tiny import tiny
@@ -96,6 +98,17 @@ def across() -> Any:
     """One basis read by layers of all blocks."""
     model = tiny("llama-gqa")
     share(model, [f"model.layers.{i}.self_attn.q_proj" for i in range(3)], 4)
+    return model
+
+
+def tied_in_factors() -> Any:
+    """A model whose embedding looks up the factors of the head."""
+    model = tiny("llama-tied")
+    head = factors_of("low_rank", weight_of(model.lm_head), 12)
+    embedding = TiedEmbedding((24, 64), 12, "lm_head", like=weight_of(model.lm_head))
+    model.model.embed_tokens = embedding.standing_for(model.model.embed_tokens)
+    replace(model, "lm_head", head.module())
+    wire_tied(model)
     return model
 
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+
 import pytest
-from families import FAMILIES
+import transformers as tf
+from families import FAMILIES, MLP, SIZES
 from table import PAGE, measure, page
+
+from corank.cli import main
+from tiny import tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +64,29 @@ def test_the_budget_is_met_over_the_sites(results, name):
 
 def test_the_page_is_up_to_date(results):
     assert PAGE.read_text() == page(results)
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """An empty directory, and a cache in which the alias smollm2-135m is a tiny random model with tied embeddings."""
+    config = tf.LlamaConfig(**{**SIZES, "max_position_embeddings": 1024}, **MLP, tie_word_embeddings=True)
+    tf.LlamaForCausalLM(config).save_pretrained(tmp_path / "cache" / "smollm2-135m")
+    tokenizer().save_pretrained(tmp_path / "cache" / "smollm2-135m")
+    (tmp_path / "room").mkdir()
+    monkeypatch.setenv("CORANK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path / "room")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), flags=re.S)
+
+
+def test_what_the_page_shows_runs(room, capsys):
+    namespace: dict = {}
+    for code in blocks("python"):
+        exec(compile(code, str(PAGE), "exec"), namespace)
+    assert namespace["report"].kept() <= 0.7
+    lines = [line for line in "\n".join(blocks("bash")).splitlines() if line.startswith("corank ")]
+    assert lines
+    for line in lines:
+        assert main([*shlex.split(line)[1:], "--quiet"]) == 0, capsys.readouterr().err

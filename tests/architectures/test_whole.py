@@ -147,6 +147,8 @@ def test_inputs_a_model_does_not_take_are_one_sentence():
         corank.compress(make("vit"), "svd-llm", keep=0.7, data=[{"pixels": torch.zeros(1, 3, 8, 8)}])
     with pytest.raises(CorankError, match="does not run as one chain of blocks; choose another method"):
         corank.compress(make("t5"), "curing", keep=0.7, tokenizer=tokenizer(), **DATA)
+    with pytest.raises(CorankError, match="gradients of the loss on text"):
+        corank.compress(make("vit"), "fwsvd", keep=0.7, data=batches("vit"))
     with pytest.raises(CorankError, match="has no list of blocks"):
         outline(make("llama")._from_config(make("llama").config, attn_implementation="eager").config, Flat)
 

@@ -19,9 +19,9 @@ from corank import checkpoint
 from corank.checkpoint import quantize_factors
 from corank.checkpoint.integers import multiplied_out, pack, quantize, unpack
 from corank.errors import CorankError
-from corank.factors import FactorizedLinear
+from corank.factors import FactorizedLinear, replace
 from corank.heal import lora_config, merge_lora
-from factorized import IDS, KINDS, across, factors_of, logits, mixed
+from factorized import IDS, KINDS, across, factors_of, logits, mixed, tied_in_factors
 
 pytest.importorskip("torchao")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -284,3 +284,13 @@ def test_bad_input(folder, tmp_path, monkeypatch):
         checkpoint.load(folder / "int8", tokenizer=False)
     checkpoint.verify(folder / "int8")  # which needs no torchao
     assert not (tmp_path / "x").exists() and not (tmp_path / "x.partial").exists()
+
+
+def test_a_head_whose_factors_the_embedding_looks_up_stays(tmp_path):
+    model = tied_in_factors()
+    replace(model, "model.layers.0.mlp.up_proj", factors_of("low_rank", torch.randn(37, 24), 9).module())
+    checkpoint.save(model, None, tmp_path / "float")
+    account = quantize_factors(tmp_path / "float", out=tmp_path / "int8")
+    assert account == quantize_factors(model) and account.matrices == {"int8": 2}
+    loaded, _ = checkpoint.load(tmp_path / "int8", tokenizer=False)
+    assert not hasattr(loaded.lm_head.up.weight, "qdata") and torch.equal(logits(loaded), logits(model))

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from corank import checkpoint
 from corank.errors import CorankError
-from corank.factors import CURLinear, FactorizedLinear, replace, weight_of
+from corank.factors import CURLinear, FactorizedEmbedding, FactorizedLinear, replace, weight_of
 from corank.heal import load_lora, lora_config, merge_lora
-from factorized import KINDS_AND_SHARED, compressed, factors_of, linears, logits, loss, step, stir
+from factorized import KINDS_AND_SHARED, compressed, factors_of, linears, logits, loss, step, stir, tied_in_factors
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -48,14 +48,12 @@ def places(model, place):
     dense = {n for n in linears(model) if n.rpartition(".")[0] not in factorized}
     if place == "product":
         return dense | set(factorized)
-    parts = {f"{n}.{part}" for n, m in factorized.items() for part, _ in m.named_children()}
-    fixed = {
-        f"{n}.{part}"
-        for n, m in factorized.items()
-        if isinstance(m, CURLinear) and place == "factors"
-        for part in ("down", "up")
-    }
-    return dense | parts - fixed
+    parts = {f"{n}.{part}": (m, part) for n, m in factorized.items() for part, _ in m.named_children()}
+    if place == "all-linear":
+        return dense | parts.keys()
+    fixed = {n for n, (m, part) in parts.items() if isinstance(m, CURLinear) and part in ("down", "up")}
+    empty = {n for n, (m, part) in parts.items() if getattr(m, part).weight.numel() == 0}
+    return dense | parts.keys() - fixed - empty
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -195,7 +193,7 @@ def test_the_head_is_left_alone_dense_or_factorized():
 
 
 def test_targets_are_chosen_as_for_compression():
-    model = compressed("low_rank", layers=3)
+    model = compressed("low_rank", ranks=(5,), layers=3)
     names = lora_config(model, 4, "product", targets=["q", "*.mlp.*"], ignore=["re:layers\\.1\\."]).target_modules
     assert names == {
         f"model.layers.{i}.{x}_proj" for i in (0, 2) for x in ("self_attn.q", "mlp.gate", "mlp.up", "mlp.down")
@@ -251,3 +249,24 @@ def test_bad_input(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(CorankError, match=r"pip install 'corank\[train\]'"):
         lora_config(model)
+
+
+def test_embeddings_are_left_alone():
+    model = compressed("low_rank")
+    due = lora_config(model, 2, "product").target_modules
+    table = model.model.embed_tokens
+    model.model.embed_tokens = FactorizedEmbedding.replacing(table, factors_of("low_rank", table.weight.detach().T, 6))
+    for place in ("factors", "product"):
+        assert not any("embed" in name for name in lora_config(model, 2, place).target_modules)
+    assert lora_config(model, 2, "product").target_modules == due
+
+
+def test_a_head_that_the_embedding_reads_takes_no_adapters():
+    model = tied_in_factors()
+    adapted = peft.get_peft_model(model, lora_config(model, 2, "product"))
+    stir(adapted)
+    trained = logits(adapted)
+    torch.testing.assert_close(logits(adapted.merge_and_unload()), trained, rtol=1e-3, atol=1e-4)
+    adapted = peft.get_peft_model(tied_in_factors(), config_for(model, "all-linear"))  # PEFT's own choice takes it
+    with pytest.raises(CorankError, match="leaves the head alone"):
+        logits(adapted)

@@ -23,6 +23,7 @@ from corank.checkpoint.skeleton import collect
 from corank.checkpoint.verify import INDEX, digests, fingerprint_of_files, weight_files
 from corank.errors import CorankError
 from corank.factors import ExpertList
+from corank.model.names import catches
 
 MARKER = ".corank-save"
 
@@ -102,23 +103,9 @@ def keep_names(model: Any, modules: Iterable[str]) -> None:
     Some architectures store other names and shapes than they compute with (experts one by one), and convert by
     patterns on the name.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    if any(isinstance(module, ExpertList) for module in model.modules()):
+    parts = (f"{name}.{part}" for name in modules for part in model.get_submodule(name).state_dict(keep_vars=True))
+    if any(isinstance(module, ExpertList) for module in model.modules()) or catches(model, parts):
         model._weight_conversions = []
-        return
-    known = getattr(model, "_weight_conversions", None)
-    conversions = get_model_conversion_mapping(model, add_legacy=False) if known is None else known
-    back = [conversion.reverse_transform() for conversion in conversions[::-1]]
-    renamings = [c for c in back if isinstance(c, WeightRenaming)]
-    converters = [c for c in back if isinstance(c, WeightConverter)]
-    for name in modules:
-        for part in model.get_submodule(name).state_dict(keep_vars=True):
-            key = f"{name}.{part}"
-            if rename_source_key(key, renamings, converters, reverse=True) != (key, None):
-                model._weight_conversions = []
-                return
 
 
 def save(

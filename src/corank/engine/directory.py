@@ -18,6 +18,7 @@ from corank.engine.store import write_tensors
 from corank.factors import FactorizedLinear
 from corank.jsonfile import read_json, write_json
 from corank.model import StreamedModel
+from corank.model.names import catches, unconverted
 
 SHARD_BYTES = 1 << 29
 """Tensors written at once. Small, because a shard has to be in memory while it is written."""
@@ -87,17 +88,45 @@ class DirectorySink:
 
     def _tensors(self) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
         """(name, bytes, read) of every tensor of the result."""
-        around = self.source.outline.layers in self._layers()
+        around, source = self.source.outline.layers in self._layers(), self.source
         item = self.dtype.itemsize
-        shapes = {n: t.numel() for n, t in self.source.model.state_dict().items()}
-        for name in self.source.keys:
-            if not around and not self.source.outline.inside(name):
-                yield name, shapes[name] * item, lambda name=name: self._stored(self.source.read(name))  # type: ignore[misc]
+        shapes = {n: t.numel() for n, t in source.model.state_dict().items()}
+        kept = self._as_they_were()
+
+        def stored(name: str, size: int) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+            for key in kept[name]:
+                yield key, size // len(kept[name]), lambda key=key: self._stored(source.stored(key))  # type: ignore[misc]
+
+        for name in source.keys:
+            if not around and not source.outline.inside(name):
+                if name in kept:
+                    yield from stored(name, shapes[name] * item)
+                else:
+                    yield name, shapes[name] * item, lambda name=name: self._stored(source.read(name))  # type: ignore[misc]
         for layer in self._layers():
             with safe_open(self._file(layer), framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     size = torch.Size(file.get_slice(name).get_shape()).numel() * item
-                    yield name, size, lambda name=name, file=file: file.get_tensor(name)  # type: ignore[misc]
+                    if name in kept:
+                        yield from stored(name, size)
+                    else:
+                        yield name, size, lambda name=name, file=file: file.get_tensor(name)  # type: ignore[misc]
+
+    def _as_they_were(self) -> dict[str, list[str]]:
+        """Tensors that are written as they were stored, where that is not how the model names them.
+
+        None are if experts have been taken apart or a factor would be taken for something to be converted: then
+        everything has the model's own names.
+        """
+        source, modules = self.source, self.notes()["modules"]
+        changed = {f"{name}.{leaf}" for name in modules for leaf in ("weight", "bias")}
+        untouched = [name for name in source.keys if name not in changed]
+        kept = unconverted(source.keys, untouched)
+        parts = (f"{name}.{part}" for name in modules for part in ("weight", "down.weight", "up.weight"))
+        experts = any(site.pool is not None and site.name in modules for site in source.outline.sites)
+        if experts or catches(source.model, parts):
+            return {}
+        return {name: keys for name, keys in kept.items() if keys != [name]}
 
     def assemble(self, target: Path, shard_bytes: int = SHARD_BYTES) -> list[str]:
         """Write the safetensors files of the result into `target`, and the index if there are several.

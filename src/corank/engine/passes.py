@@ -64,6 +64,10 @@ def prepare(job: Job) -> Preparation:
     recipe, store = job.recipe, store_of(job)
     for site in job.sites:
         check(recipe, site, job.source.outline.whole)
+    if job.of_gradients and job.data is not None and job.data.examples:
+        raise CorankError(
+            "This method measures gradients of the loss on text; give text as calibration data, or choose another method."
+        )
     needs_curves = job.needs_curves
     # the sweep for gradients sees the inputs on its way forward
     measure_first = needs_curves or "angular" in recipe.statistics or job.cache is not None or bool(job.of_gradients)

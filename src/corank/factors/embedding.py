@@ -154,8 +154,17 @@ class TiedEmbedding(FactorizedEmbedding):
         return {**own, "form": self.form, "owner": self.owner, "scale": self.scale}
 
     def forward(self, input: Tensor) -> Tensor:
-        """Tokens [...] -> y [..., d]."""
+        """Tokens [...] -> y [..., d].
+
+        Raises:
+            CorankError: there are adapters on the head's factors, of which the embedding would know nothing.
+        """
         head = self._head[0]
+        if hasattr(head.up, "base_layer") or hasattr(head.down, "base_layer"):
+            raise CorankError(
+                "The embedding reads the factors of the head, so these cannot take adapters of their own; choose the "
+                "layers to adapt with corank.heal.lora_config, which leaves the head alone."
+            )
         y = F.embedding(input, head.up.weight) @ head.down.weight
         return y if self.scale == 1.0 else y * torch.tensor(self.scale, dtype=y.dtype, device=y.device)
 

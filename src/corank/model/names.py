@@ -8,7 +8,7 @@ at a time, so that a block can be read without the rest.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,41 @@ class Stored:
             conversion.add_tensor(self.first, key, pattern, get(key))
         made = conversion.convert(self.first, model=model, config=model.config)[name]
         return made[0] if isinstance(made, list) else made
+
+
+def unconverted(found: Mapping[str, Stored], untouched: Iterable[str]) -> dict[str, list[str]]:
+    """Under which names tensors that have not been changed can be written as they were stored.
+
+    Args:
+        found: as `match` gives it.
+        untouched: the model's names of unchanged tensors.
+
+    Returns:
+        the model's name -> names in the files; what several tensors of the model are made from is under the first of
+        them, and left out if one of them has been changed.
+    """
+    kept = set(untouched)
+    made: dict[int, list[str]] = {}
+    for name, stored in found.items():
+        made.setdefault(id(stored), []).append(name)
+    whole = [names for names in made.values() if kept.issuperset(names)]
+    return {
+        name: [key for _, key in found[name].parts] if name == names[0] else [] for names in whole for name in names
+    }
+
+
+def catches(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Whether saving a model under the names it was stored with would rename or convert any of `names`."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
+
+    known = getattr(model, "_weight_conversions", None)
+    if known is None:
+        known = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
+    back = [conversion.reverse_transform() for conversion in known[::-1]]
+    renamings = [c for c in back if isinstance(c, WeightRenaming)]
+    converters = [c for c in back if isinstance(c, WeightConverter)]
+    return any(rename_source_key(name, renamings, converters, reverse=True) != (name, None) for name in names)
 
 
 def match(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, Stored]:

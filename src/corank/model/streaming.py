@@ -29,6 +29,14 @@ class NotStreamable(CorankError):
     """The model does not run block by block, or its files do not hold what it consists of; load it as a whole."""
 
 
+ALIGNMENT = 64
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor where PyTorch would have put it: the last bit of a product depends on where its operands begin."""
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
 class StreamedModel(ResidentModel):
     """Blocks of a checkpoint directory; only the block in use has weights.
 
@@ -105,6 +113,11 @@ class StreamedModel(ResidentModel):
         with _Files(self.files) as files:
             return self.keys[name].read(name, files.get, self.model)
 
+    def stored(self, key: str) -> Tensor:
+        """One tensor by its name in the files."""
+        with _Files(self.files) as files:
+            return files.get(key)
+
     def _materialise(
         self, module: nn.Module, prefix: str, skip: tuple[nn.Module, ...] = ()
     ) -> list[tuple[nn.Module, str]]:
@@ -120,7 +133,7 @@ class StreamedModel(ResidentModel):
                     if leaf in child._buffers:
                         child._buffers[leaf] = self.keys[name].read(name, files.get, self.model).to(self.device)
                     elif (parameter := child._parameters[leaf]) is not None and parameter.is_meta:
-                        value = self.keys[name].read(name, files.get, self.model).to(self.device, self.dtype)
+                        value = aligned(self.keys[name].read(name, files.get, self.model).to(self.device, self.dtype))
                         child._parameters[leaf] = nn.Parameter(value, requires_grad=False)
                         filled.append((child, leaf))
         return filled
