@@ -270,3 +270,22 @@ def test_a_head_that_the_embedding_reads_takes_no_adapters():
     adapted = peft.get_peft_model(tied_in_factors(), config_for(model, "all-linear"))  # PEFT's own choice takes it
     with pytest.raises(CorankError, match="leaves the head alone"):
         logits(adapted)
+
+
+@pytest.mark.parametrize("place", ["factors", "product"])
+def test_the_adapter_interface_of_transformers(place, tmp_path):
+    checkpoint.save(compressed("row_pivoted"), None, tmp_path / "base")
+    model, again = (AutoModelForCausalLM.from_pretrained(tmp_path / "base") for _ in range(2))
+    model.add_adapter(lora_config(model, 2, place))
+    stir(model)
+    trained = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert {file.name for file in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json"}
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    with pytest.raises(CorankError, match="carries adapters"):
+        checkpoint.save(model, None, tmp_path / "out")
+    if place == "factors":
+        again.load_adapter(str(tmp_path / "adapter"))
+        assert torch.equal(logits(again), trained)
+    else:
+        assert torch.equal(logits(load_lora(again, tmp_path / "adapter")), trained)

@@ -123,13 +123,17 @@ def sweep(
         gradients = []
         with source.outside(head=True):
             for i, h in zip(chunk, hidden, strict=True):
-                h = h.detach().requires_grad_()
-                ids, mask = stream.ids[i].to(h.device), stream.mask(i)
-                logits = source.logits(ids, mask, h)
-                if labels == "sampled":
-                    drawn = draw(logits.detach(), generator)
-                    ids = torch.cat([ids[:, :1], drawn[:, :-1]], 1) if causal else drawn
-                gradients.append(torch.autograd.grad(next_token_loss(logits, ids, mask, causal), h)[0])
+                mask = stream.mask(i)
+                parts = []
+                for row in range(len(h)):  # one sequence at a time: logits are by far the largest tensor
+                    x, ids = h[row : row + 1].detach().requires_grad_(), stream.ids[i][row : row + 1].to(h.device)
+                    real = None if mask is None else mask[row : row + 1]
+                    logits = source.logits(ids, real, x)
+                    if labels == "sampled":
+                        drawn = draw(logits.detach(), generator)
+                        ids = torch.cat([ids[:, :1], drawn[:, :-1]], 1) if causal else drawn
+                    parts.append(torch.autograd.grad(next_token_loss(logits, ids, real, causal), x)[0])
+                gradients.append(torch.cat(parts))
         for layer in reversed(range(lowest, layers)):
             report(layer, "backward")
             here = by_layer.get(layer, [])

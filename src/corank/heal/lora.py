@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from corank.errors import CorankError, unknown
@@ -161,8 +162,6 @@ def _merge_products(base: nn.Module, keep_rank: bool) -> None:
 
 def _addition(layer: Any) -> tuple[Any, Any, Any]:
     """The active adapters of a layer as one: (D, C, bias)."""
-    import torch
-
     parts = [layer.delta(name) for name in layer.active_adapters if name in layer.lora_A]
     if not parts:
         inner = layer.base_layer

@@ -276,7 +276,7 @@ def _sites(
             role,
             0 if plan.whole else plan.layers if outside else int(number),
             shape_of(module),
-            leaders.setdefault((id(x), look), name),
+            leaders.setdefault((id(x), look, outside), name),
             getattr(module, "bias", None) is not None,
             form=form,
             outside=outside,

@@ -25,6 +25,10 @@ from corank.model.resident import Batch, Call, Inputs, ResidentModel
 __all__ = ["Call", "Inputs", "NotStreamable", "ResidentModel", "StreamedModel", "tensor_files"]
 
 
+#: what safetensors calls the dtypes that weights come in
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
 class NotStreamable(CorankError):
     """The model does not run block by block, or its files do not hold what it consists of; load it as a whole."""
 
@@ -96,8 +100,8 @@ class StreamedModel(ResidentModel):
         """Dtype of the first stored tensor of numbers."""
         with _Files(self.files) as files:
             for key in self.files:
-                dtype = files.get(key).dtype
-                if dtype.is_floating_point:
+                dtype = files.dtype(key)
+                if dtype is not None:
                     return dtype
         raise CorankError(f"{self.path} holds no floating-point weights; start from the dense model.")
 
@@ -192,15 +196,23 @@ class _Files:
     def __exit__(self, *error: Any) -> None:
         self._open.close()
 
-    def get(self, key: str) -> Tensor:
-        """A tensor by its name in the files."""
+    def _handle(self, key: str) -> Any:
         file = self._files[key]
         if file not in self._handles:
             self._handles[file] = self._open.enter_context(_open(file))
+        return self._handles[file]
+
+    def get(self, key: str) -> Tensor:
+        """A tensor by its name in the files."""
+        handle = self._handle(key)
         try:
-            return self._handles[file].get_tensor(key)
+            return handle.get_tensor(key)
         except SafetensorError as error:
-            raise _damaged(file, error) from None
+            raise _damaged(self._files[key], error) from None
+
+    def dtype(self, key: str) -> torch.dtype | None:
+        """Dtype of a tensor, None if it is not of floating point; nothing is read."""
+        return _FLOATS.get(self._handle(key).get_slice(key).get_dtype())
 
 
 def return_free_memory() -> None:
