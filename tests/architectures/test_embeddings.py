@@ -79,8 +79,10 @@ def test_untied_ends_are_sites_like_others(targets, settings, tmp_path):
     assert values(loaded) == whole["compressed"]
 
 
-@pytest.mark.parametrize("role", ["embed", "lm_head"])
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma3", "bert", "falcon"])
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [("llama-tied", "embed"), ("gpt2", "lm_head"), ("gemma3", "embed"), ("bert", "lm_head"), ("falcon", "embed")],
+)
 def test_tied_ends_share_one_pair_of_factors(name, role, tmp_path):
     folder, model = saved(name, tmp_path / "dense"), make(name)
     tied = weight_of(model.get_input_embeddings()).clone()
