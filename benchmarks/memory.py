@@ -98,13 +98,23 @@ def main(arguments: list[str] | None = None) -> None:
         seconds = time.perf_counter() - start
     above = found["peak"] - fixed
     result = {
-        "hardware": hardware(), "model_bytes": size, "method": args.method, "samples": args.samples, "length": args.length,
-        "import_bytes": fixed, "peak_bytes": found["peak"], "above_import_bytes": above, "share_of_model": above / size,
-        "seconds": seconds, "stages": found["stages"],
+        "hardware": hardware(),
+        "model_bytes": size,
+        "method": args.method,
+        "samples": args.samples,
+        "length": args.length,
+        "import_bytes": fixed,
+        "peak_bytes": found["peak"],
+        "above_import_bytes": above,
+        "share_of_model": above / size,
+        "seconds": seconds,
+        "stages": found["stages"],
     }
     write_json(args.out, result)
-    print(f"model {size / 1e9:.2f} GB; importing corank {fixed / 1e9:.2f} GB; peak {found['peak'] / 1e9:.2f} GB, "
-          f"{above / 1e9:.2f} GB above importing: {above / size:.1%} of the model; {seconds:.0f} s")
+    print(
+        f"model {size / 1e9:.2f} GB; importing corank {fixed / 1e9:.2f} GB; peak {found['peak'] / 1e9:.2f} GB, "
+        f"{above / 1e9:.2f} GB above importing: {above / size:.1%} of the model; {seconds:.0f} s"
+    )
 
 
 if __name__ == "__main__":

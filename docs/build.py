@@ -1,4 +1,4 @@
-"""Rebuild what is generated: docs/methods.md, and the tables in README.md between their markers.
+"""Rebuild what is generated: docs/methods.md, docs/leaderboard.md, and the tables in README.md between their markers.
 
 ./dev docs            rebuild
 ./dev docs --check    exit with 1 if something is out of date
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from corank import recipe
 
@@ -61,13 +62,60 @@ def quality_table() -> str:
             f"| {label} | {sites['compressed'] / sites['dense']:.1%} | {test:,.1f} | {row['ratio']['test']:,.2f}× "
             f"| {other:,.1f} | {row['ratio']['other']:,.2f}× |"
         )
-    hardware = data["hardware"]
-    windows = data["windows"] or "all"
-    lines.append(
-        f"\n{data['model']}; calibration {data['calibration']['samples']} × {data['calibration']['length']} tokens of WikiText-2 "
-        f"validation; {windows} evenly spaced windows of {data['window']} tokens; {hardware['processor']}, {hardware['threads']} threads."
-    )
+    lines.append("\n" + _conditions(data))
     return "\n".join(lines)
+
+
+def leaderboard_page() -> str:
+    """docs/leaderboard.md, from benchmarks/results/leaderboard*.json."""
+    parts = [
+        "# Leaderboard\n",
+        "Every registered weight method on one model with the same calibration tokens, closed form, nothing trained afterwards unless "
+        "the name says so. Sorted by the perplexity outside the calibration domain, which is what a user meets. Lower is better, 1 is the dense "
+        "model. `./dev bench leaderboard` fills the table one cell at a time and goes on where it was interrupted; `--quick` is the short form.\n",
+    ]
+    for name, title in (("leaderboard", "Full"), ("leaderboard-quick", "Quick")):
+        file = ROOT / "benchmarks" / "results" / f"{name}.json"
+        if file.is_file():
+            parts += [f"## {title}\n", leaderboard_table(json.loads(file.read_text()))]
+            if file.with_suffix(".png").is_file():
+                parts.append(f"\n![Perplexity against size](../benchmarks/results/{name}.png)\n")
+    return "\n".join(parts)
+
+
+def leaderboard_table(data: dict[str, Any]) -> str:
+    """One table for each share of the parameters kept."""
+    lines = [_conditions(data) + "\n"]
+    rows = [r for r in data["rows"] if r["method"] != "dense"]
+    for keep in sorted({r["budget"]["keep"] for r in rows}, reverse=True):
+        cells = [r for r in rows if r["budget"]["keep"] == keep]
+        lines += [
+            f"### {keep:.0%} of the decoder's parameters\n",
+            "| method | kept | WikiText-2 | web text | seconds | peak memory |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for row in sorted((r for r in cells if "error" not in r), key=lambda r: r["ratio"]["other"]):
+            sites = row["accounting"]["sites"]
+            lines.append(
+                f"| `{row['method']}` | {sites['compressed'] / sites['dense']:.1%} | {_times(row['ratio']['test'])} "
+                f"| {_times(row['ratio']['other'])} | {sum(row['stages'].values()):.0f} | {row['peak_memory_bytes'] / 1e9:.1f} GB |"
+            )
+        lines += [f"| `{r['method']}` | {r['error'].split(': ', 1)[-1]} | | | | |" for r in cells if "error" in r]
+        lines.append("")
+    lines.append("Seconds are those of the stages of one run that finds the statistics of earlier runs in its cache.")
+    return "\n".join(lines)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.3f}×" if ratio < 10 else f"{ratio:,.0f}×"
+
+
+def _conditions(data: dict[str, Any]) -> str:
+    calibration, hardware = data["calibration"], data["hardware"]
+    return (
+        f"{data['model']}; calibration {calibration['samples']} × {calibration['length']} tokens of WikiText-2 validation; "
+        f"{data['windows'] or 'all'} evenly spaced windows of {data['window']} tokens; {hardware['processor']}, {hardware['threads']} threads."
+    )
 
 
 def speed_lines() -> str:
@@ -112,6 +160,7 @@ def main() -> int:
     readme = (ROOT / "README.md").read_text()
     wanted = {
         ROOT / "docs" / "methods.md": methods_page(),
+        ROOT / "docs" / "leaderboard.md": leaderboard_page(),
         ROOT / "README.md": fill(
             fill(fill(readme, "methods", methods_table()), "quality", quality_table()), "speed", speed_lines()
         ),

@@ -136,6 +136,35 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--repeats", type=int, default=5)
 
     sub = command(
+        "heal",
+        "win back by training what compression lost; the size stays the same",
+        "  corank heal small --out healed\n  corank heal small --how block --epochs 3 --data text.jsonl --out healed\n"
+        "  corank heal small --minutes 20 --out healed",
+    )
+    sub.add_argument("model", help="a compressed directory")
+    sub.add_argument("--out", required=True, help="directory to write")
+    sub.add_argument("--teacher", help="the dense model (default: the one that the directory was made from)")
+    sub.add_argument(
+        "--how",
+        default="kd",
+        choices=("kd", "block"),
+        help="kd: the whole model learns the dense model's predictions; block: every block learns the dense block's output, "
+        "one block in memory at a time (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--what",
+        default="blocks",
+        choices=("blocks", "factors"),
+        help="what is trained: everything in the blocks, or only factors, norms and biases (default: %(default)s)",
+    )
+    sub.add_argument("--epochs", type=float, default=2.0, help="passes over the text (default: %(default)s)")
+    sub.add_argument("--minutes", type=float, help="end after so many minutes if that comes first")
+    sub.add_argument("--learning-rate", type=float, default=3e-4, help="at its peak (default: %(default)s)")
+    sub.add_argument("--no-eval", action="store_true", help="leave out the perplexities before and after")
+    _data(sub, batch=2, device=False)
+    _windows(sub, 16)
+
+    sub = command(
         "methods", "list the methods, or show one", "  corank methods\n  corank methods 'svd*'\n  corank methods curing"
     )
     sub.add_argument("pattern", nargs="?", default="*", help="a name, or a glob")
@@ -223,7 +252,7 @@ def _budget(sub: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def _data(sub: argparse.ArgumentParser) -> None:
+def _data(sub: argparse.ArgumentParser, batch: int = 8, device: bool = True) -> None:
     group = sub.add_argument_group("calibration")
     group.add_argument(
         "--data",
@@ -234,7 +263,9 @@ def _data(sub: argparse.ArgumentParser) -> None:
     group.add_argument("--samples", type=int, default=None, help="windows (default: 64)")
     group.add_argument("--length", type=int, default=None, help="tokens in a window (default: 512)")
     group.add_argument("--seed", type=int, default=None, help="of everything random (default: 0)")
-    group.add_argument("--batch", type=int, default=8, help="windows per forward pass (default: %(default)s)")
+    group.add_argument("--batch", type=int, default=batch, help="windows per forward pass (default: %(default)s)")
+    if not device:
+        return
     group.add_argument("--device", default="cpu", help="where blocks are computed (default: %(default)s)")
     group.add_argument("--dtype", default=None, help="dtype of the computation (default: float32 on the CPU)")
 

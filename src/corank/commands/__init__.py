@@ -4,6 +4,7 @@ from corank.commands.arguments import DEFAULT_TEXTS, layers_of, parse_settings, 
 from corank.commands.compressing import compare, compress
 from corank.commands.demonstration import demo
 from corank.commands.handing_over import dequantize, export, serve, verify
+from corank.commands.healing import heal
 from corank.commands.measuring import bench, eval, generate
 from corank.commands.output import console, emit
 from corank.commands.showing import inspect, methods, plot
@@ -20,6 +21,7 @@ __all__ = [
     "eval",
     "export",
     "generate",
+    "heal",
     "inspect",
     "layers_of",
     "methods",

@@ -1,7 +1,9 @@
-"""Recovering what compression lost by training: adapters on factorized models."""
+"""Recovering what compression lost by training: distillation, block refinement, and adapters on factorized models."""
 
 from __future__ import annotations
 
+from corank.heal.healing import HOW, Healed, heal
 from corank.heal.lora import load_lora, lora_config, merge_lora
+from corank.heal.training import Schedule
 
-__all__ = ["load_lora", "lora_config", "merge_lora"]
+__all__ = ["HOW", "Healed", "Schedule", "heal", "load_lora", "lora_config", "merge_lora"]

@@ -8,7 +8,7 @@ too). A title says what there is to see, computed from the numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from corank.errors import CorankError
@@ -188,14 +188,22 @@ def pareto(reports: Sequence[Report], *, texts: Sequence[str] | None = None, dar
     Raises:
         CorankError: there is no text with a dense and a compressed perplexity, or matplotlib is missing.
     """
-    theme = DARK if dark else LIGHT
     texts = list(texts) if texts is not None else _common_texts(reports)[:3]
     if not texts:
         raise CorankError("These reports share no text with a dense and a compressed perplexity; evaluate both.")
+    return pareto_points({text: _points(reports, text) for text in texts}, dark=dark)
+
+
+def pareto_points(points: Mapping[str, Sequence[tuple[str, float, float]]], *, dark: bool = False) -> Figure:
+    """The plot of `pareto`, from (method, share of the parameters kept, perplexity over dense) by text.
+
+    Raises:
+        CorankError: there is no point, or matplotlib is missing.
+    """
+    theme, texts = DARK if dark else LIGHT, list(points)
     figure = blank_figure(max(6.5, 4.1 * len(texts) + 1.9), 4.5, theme)
     row = figure.subplots(1, len(texts), sharey=True, sharex=True, squeeze=False)[0]
-    methods = list(dict.fromkeys(report.method for report in reports))
-    points = {text: _points(reports, text) for text in texts}
+    methods = list(dict.fromkeys(method for text in texts for method, _, _ in points[text]))
     drawn = [y for text in texts for _, _, y in points[text] if math.isfinite(y) and y > 0]
     if not any(points.values()):
         raise CorankError(f"No report has both perplexities on {', '.join(texts)}; evaluate both models.")

@@ -1,0 +1,82 @@
+"""Every registered weight method at several sizes, with the same calibration tokens, on two texts: docs/leaderboard.md.
+
+    python -m benchmarks leaderboard --calibration wiki.valid.raw.txt.gz --test wiki.test.raw.txt.gz --other web.jsonl.gz
+
+One cell at a time: interrupted, it goes on with the next. `--quick` has its own table: two sizes, fewer windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cells import add_arguments, fill, line, protocol_of
+from corank import recipe
+from corank.evaluate import Cell
+from corank.report.plots import pareto_points
+
+KEEP = (0.9, 0.8, 0.7, 0.6, 0.5)
+QUICK_KEEP = (0.8, 0.6)
+QUICK_SAMPLES, QUICK_WINDOWS = 16, 8
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def cells_of(methods: list[str], keep: tuple[float, ...]) -> list[Cell]:
+    """Ratio by ratio, the methods without a second activation stream first: their cells cost least."""
+    order = sorted(methods, key=lambda name: (recipe.get(name).recipe().sequential, name != "best", name))
+    return [Cell(name, {"keep": k}) for k in keep for name in order]
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """The Pareto plot of a table; methods that are ten times worse than dense everywhere are left out of it."""
+    found = [r for r in rows if "ratio" in r and r["method"] != "dense"]
+    lowest = {m: min(r["ratio"]["test"] for r in found if r["method"] == m) for m in {r["method"] for r in found}}
+    points = {
+        text: [
+            (r["method"], r["accounting"]["sites"]["compressed"] / r["accounting"]["sites"]["dense"], r["ratio"][text])
+            for r in found
+            if lowest[r["method"]] < 10
+        ]
+        for text in ("test", "other")
+    }
+    if any(points.values()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pareto_points(points).savefig(path, dpi=110)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the cells that have no result yet, and print the table."""
+    parser = argparse.ArgumentParser(prog="benchmarks leaderboard", description=__doc__.split("\n", 1)[0])
+    add_arguments(parser, work="", out="")
+    parser.add_argument("--methods", nargs="*", help="only these")
+    parser.add_argument("--keep", nargs="*", type=float, help="only these shares of the decoder's parameters")
+    parser.add_argument("--cells", type=int, help="make at most so many new rows")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{len(QUICK_KEEP)} sizes, {QUICK_SAMPLES} calibration and {QUICK_WINDOWS} test windows",
+    )
+    args = parser.parse_args(arguments)
+    name = "leaderboard-quick" if args.quick else "leaderboard"
+    if args.quick:
+        args.samples, args.windows = QUICK_SAMPLES, QUICK_WINDOWS
+    methods = args.methods or [m.name for m in recipe.methods(family="weights")]
+    cells = cells_of(methods, tuple(args.keep or (QUICK_KEEP if args.quick else KEEP)))
+    out = Path(args.out or RESULTS / f"{name}.json")
+    rows = fill(
+        cells,
+        protocol_of(args),
+        Path(args.work or f"runs/{name}"),
+        out,
+        lambda row: print(line(row), flush=True),
+        limit=args.cells,
+    )
+    draw(rows, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    main()
