@@ -1,20 +1,29 @@
-"""What a compressed model is like to use: tokens/s in PyTorch and ONNX Runtime, time to load, memory to make.
+"""What a compressed model is like to use: tokens/s in PyTorch and ONNX Runtime, time to load, memory and time to make.
 
     python -m benchmarks artefact
+    python -m benchmarks artefact --quick          # everything once at toy sizes: does it run? no numbers to quote
     python -m benchmarks artefact --parts speed,load --hidden 256 --layers 2
 
 * speed: forward passes of a random Llama made on the spot, dense and compressed, in PyTorch and in ONNX Runtime, all four
   interleaved repeat by repeat on the same tokens, float32. Batch 1 with 1 token reads every weight for one token, as decoding
   does; longer ones are prefill. Ratios are medians of paired ratios, with their extremes.
 * load: `corank.load` of the two directories from the page cache, interleaved; also without checking the digests.
-* memory: peak resident memory of compressing random models of 1, 2 and 4 times a size, each in a fresh process.
+* memory: peak resident memory of compressing random models of 1, 2 and 4 times a size, each in a fresh process. Blocks are
+  all of one size, so what grows is what is not streamed.
+* processes: seconds that `corank.compress` takes in one process of one thread, in two of one thread each under torchrun, and
+  in one of two threads, interleaved. Starting Python is not counted. The mean over the sites of the predicted loss is
+  beside it: it has to be the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,8 +46,30 @@ from corank.jsonfile import read_json, write_json
 from corank.serve.export import Logits, export
 from corank.serve.onnx import session
 
-PARTS = ("speed", "load", "memory")
+PARTS = ("speed", "load", "memory", "processes")
 Timed = dict[str, list[float]]
+
+SHARED = """
+import json, os, statistics, sys, time
+import torch
+import torch.distributed as dist
+import corank
+source, out, method, samples, length = sys.argv[1:]
+several = int(os.environ["WORLD_SIZE"]) > 1
+if several:
+    dist.init_process_group("gloo")
+start = time.perf_counter()
+report = corank.compress(source, method, keep=0.8, out=out, samples=int(samples), length=int(length), batch=1)
+seconds = time.perf_counter() - start
+if os.environ["RANK"] == "0":
+    loss = statistics.fmean(row["predicted_loss"] for row in report.sites)
+    print(json.dumps({"seconds": seconds, "loss": loss, "stages": dict(report.stages), "peak": report.peak_memory_bytes}))
+if several:
+    dist.destroy_process_group()
+"""
+
+#: processes, threads of each
+CREWS = {"1 process": (1, 1), "2 processes": (2, 1), "1 process, 2 threads": (1, 2)}
 
 
 def write_llama(folder: Path, hidden: int, layers: int) -> int:
@@ -165,6 +196,57 @@ def memory(gigabytes: float, method: str, samples: int, length: int) -> dict[str
     return {"method": method, "samples": samples, "length": length, "import_bytes": imported, "rows": rows}
 
 
+def shared(script: Path, processes: int, threads: int, *arguments: str) -> dict[str, Any]:
+    """Run SHARED under torchrun and read the answer of rank 0."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [*torchrun, str(script), *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def processes(gigabytes: float, method: str, samples: int, length: int, repeats: int) -> dict[str, Any]:
+    """Seconds of compressing a model in one process and in several."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in CREWS}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "model").mkdir()
+        size = write_model(work / "model", gigabytes)
+        (work / "shared.py").write_text(SHARED)
+
+        def turn(name: str) -> Callable[[], None]:
+            def run() -> None:
+                with tempfile.TemporaryDirectory(dir=work) as out:
+                    arguments = (str(work / "model"), f"{out}/out", method, str(samples), str(length))
+                    found[name].append(shared(work / "shared.py", *CREWS[name], *arguments))
+
+            return run
+
+        interleaved({name: turn(name) for name in CREWS}, repeats, warmup=0)
+    seconds = {name: [run["seconds"] for run in runs] for name, runs in found.items()}
+    rows = {
+        name: {
+            "processes": CREWS[name][0],
+            "threads_each": CREWS[name][1],
+            "seconds": {
+                "median": statistics.median(seconds[name]),
+                "min": min(seconds[name]),
+                "max": max(seconds[name]),
+            },
+            "times as fast": ratios(seconds["1 process"], seconds[name]),
+            "predicted_loss": runs[0]["loss"],
+            "peak_bytes": max(run["peak"] for run in runs),
+            "stages": runs[0]["stages"],
+        }
+        for name, runs in found.items()
+    }
+    about = {"model_bytes": size, "method": method, "samples": samples, "length": length, "repeats": repeats}
+    return {**about, "rows": rows}
+
+
 def show(result: Mapping[str, Any]) -> None:
     """Print the tables."""
     out = Console(width=110)
@@ -200,6 +282,39 @@ def show(result: Mapping[str, Any]) -> None:
             table.add_row(*sizes, f"{row['seconds']:.0f}")
         out.print(table)
 
+    if "processes" in result:
+        found = result["processes"]
+        table = Table(
+            title=f"Time to compress {found['model_bytes'] / 1e9:.2f} GB ({found['method']})", title_justify="left"
+        )
+        for head in ("", "Seconds", "Times as fast", "Peak of a process", "Predicted loss"):
+            table.add_column(head, justify="right" if head else "left")
+        for name, row in found["rows"].items():
+            ratio = row["times as fast"]
+            table.add_row(
+                name,
+                f"{row['seconds']['median']:.1f}",
+                f"× {ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})",
+                f"{row['peak_bytes'] / 1e9:.2f} GB",
+                f"{row['predicted_loss']:.9f}",
+            )
+        out.print(table)
+
+
+#: what --quick puts in place of the defaults
+QUICK = {
+    "hidden": 128,
+    "layers": 2,
+    "shapes": "1x1,2x16",
+    "repeats": 2,
+    "turns": 1,
+    "gigabytes": 0.02,
+    "samples": 2,
+    "length": 32,
+    "method": "svd-llm",
+    "out": "runs/artefact-quick.json",
+}
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, store and print."""
@@ -210,12 +325,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--keep", type=float, default=0.5, help="of its parameters in the blocks")
     parser.add_argument("--shapes", default="1x1,1x128,8x128", help="batch x length, separated by commas")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--gigabytes", type=float, default=0.25, help="the smallest model of the memory part")
-    parser.add_argument("--method", default="svd-llm", help="of the memory part")
+    parser.add_argument(
+        "--gigabytes",
+        type=float,
+        default=0.25,
+        help="the smallest model of the memory part, and that of the processes part",
+    )
+    parser.add_argument("--method", default="svd-llm", help="of the parts memory and processes")
+    parser.add_argument("--turns", type=int, default=3, help="repeats of the processes part")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, about a minute; written to runs/")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--out", default="benchmarks/results/artefact.json")
     args = parser.parse_args(arguments)
+    if args.quick:  # whatever was not set otherwise
+        for name, value in QUICK.items():
+            if getattr(args, name) == parser.get_default(name):
+                setattr(args, name, value)
     parts = args.parts.split(",")
     if unknown := sorted(set(parts) - set(PARTS)):
         parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
@@ -242,6 +368,8 @@ def main(arguments: list[str] | None = None) -> None:
                 keep("load", {**about, **load(work / "dense", work / "small", args.repeats)})
     if "memory" in parts:
         keep("memory", memory(args.gigabytes, args.method, args.samples, args.length))
+    if "processes" in parts:
+        keep("processes", processes(args.gigabytes, args.method, args.samples, args.length, args.turns))
     show({part: result[part] for part in parts})
 
 

@@ -56,7 +56,7 @@ class Protocol:
 def add_arguments(parser: argparse.ArgumentParser, *, work: str, out: str) -> None:
     """The options that every table of cells has."""
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--calibration", default="builtin")
+    parser.add_argument("--calibration", action="append", help="may be repeated: a mixture (default: builtin)")
     parser.add_argument("--test", default="builtin-test")
     parser.add_argument("--other", default="builtin-code", help="text outside the calibration domain")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows of 512 tokens")
@@ -70,7 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, work: str, out: str) -> No
 def protocol_of(args: argparse.Namespace) -> Protocol:
     """The protocol that was asked for."""
     texts = {"test": read_text(args.test), "other": read_text(args.other)}
-    return Protocol(args.model, read_text(args.calibration), texts, samples=args.samples, windows=args.windows or None)
+    return Protocol(
+        args.model,
+        read_text(args.calibration or ["builtin"]),
+        texts,
+        samples=args.samples,
+        windows=args.windows or None,
+    )
 
 
 def fill(

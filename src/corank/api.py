@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -16,9 +17,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from corank import checkpoint
 from corank.account import make_report, with_bytes
-from corank.engine.directory import DirectorySink, MemorySink, copy_companions, small_files
+from corank.engine.directory import DirectorySink, ElsewhereSink, MemorySink, copy_companions, small_files
+from corank.engine.job import Job
 from corank.engine.passes import Result, run
 from corank.engine.store import torch_dtype_name
+from corank.engine.world import Interrupted, World, device_of, joined
 from corank.errors import CorankError
 from corank.evaluate import PeakMemory, Perplexity, perplexity
 from corank.jsonfile import read_json, write_json
@@ -90,6 +93,9 @@ def compress(
     Returns:
         the report. It has also been written to ``out/report.json``.
 
+    In an initialised process group of `torch.distributed` all processes make the same call and share the work; the one of
+    rank 0 writes. The result is that of a single process up to the rounding of sums in float64.
+
     Raises:
         CorankError: bad input; nothing has been written or overwritten. An interrupted run keeps ``<out>.partial`` and
             goes on from there when it is called again.
@@ -102,6 +108,11 @@ def compress(
             raise CorankError("Give a size or max_perplexity_increase, not both.")
         if out is None or isinstance(model, PreTrainedModel):
             raise CorankError("max_perplexity_increase needs a model on disk and out=DIRECTORY.")
+        with joined() as world:
+            if world.size > 1:
+                raise CorankError(
+                    "The search for a size runs in one process; give a size (keep=0.8), or start it without torchrun."
+                )
         return compress_to_quality(
             model,
             method,
@@ -123,22 +134,41 @@ def compress(
         )
     target = None if out is None else check_target(out)
     order = Order.take(method, budget, scope, settings, data, samples=samples, length=length, seed=seed, batch=batch)
-    report = progress or (lambda layer, stage, error: None)
-    if isinstance(model, PreTrainedModel):
-        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        return _in_memory(model, tokenizer, name, order, target, cache, report)
-    if target is None:
+    if order.recipe.heal != "none":
+        from corank.healing import compress_and_heal  # it calls this function for the closed form
+
+        given = {
+            **budget,
+            "scope": scope,
+            "data": data,
+            "samples": samples,
+            "length": length,
+            "seed": seed,
+            "batch": batch,
+        }
+        where: dict[str, Any] = {"device": device, "dtype": dtype, "cache": cache, "progress": progress}
+        return compress_and_heal(model, method, order, out=out, **given, **where, **settings)
+    if target is None and not isinstance(model, PreTrainedModel):
         raise CorankError("Give out=DIRECTORY: a model that is read from disk is written to disk.")
-    path = resolve(model)
-    if json.loads((path / "config.json").read_text()).get("quantization_config"):
-        raise CorankError(f"{path} is compressed or quantized already; start from the dense model.")
-    try:
-        source = StreamedModel(path, device, to_dtype(dtype), example=order.example)
-    except NotStreamable:
-        of_text = isinstance(order.text, Text)
-        whole, words = checkpoint.load(path, dtype=to_dtype(dtype), device=device, tokenizer=of_text)
-        return _in_memory(whole, words, str(model), order, target, cache, report, companions=path)
-    return _streamed(source, str(model), order, target, cache, report)
+    with joined() as world:
+        report = progress if progress and world.first else (lambda layer, stage, error: None)
+        world.same("settings", [order.identity(), batch, None if target is None else str(target)])
+        if isinstance(model, PreTrainedModel):
+            name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+            return _in_memory(model, tokenizer, name, order, target, cache, report, world)
+        world.same("models", str(model))
+        device = device_of(device, world)
+        path = resolve(model)
+        if json.loads((path / "config.json").read_text()).get("quantization_config"):
+            raise CorankError(f"{path} is compressed or quantized already; start from the dense model.")
+        try:
+            source = StreamedModel(path, device, to_dtype(dtype), example=order.example)
+        except NotStreamable:
+            of_text = isinstance(order.text, Text)
+            whole, words = checkpoint.load(path, dtype=to_dtype(dtype), device=device, tokenizer=of_text)
+            return _in_memory(whole, words, str(model), order, target, cache, report, world, companions=path)
+        assert target is not None
+        return _streamed(source, str(model), order, target, cache, report, world)
 
 
 def load(
@@ -243,45 +273,68 @@ def _in_memory(
     target: Path | None,
     cache: str | Path | None,
     progress: Progress,
+    world: World,
     companions: Path | None = None,
 ) -> Report:
     source, sink = ResidentModel(model, example=order.example), MemorySink()
-    with tempfile.TemporaryDirectory() as scratch, PeakMemory() as memory:
-        job = order.job(source, tokenizer, sink, source.dtype, report=progress, scratch=Path(scratch))
-        job.cache = _cache(cache, _model_key(model), job.data) if cache else None
+    key = _model_key(model) if cache or world.size > 1 else ""
+    world.same("models", key)
+    with tempfile.TemporaryDirectory() as own, PeakMemory() as memory:
+        scratch = world.from_first(lambda: Path(own))
+        job = order.job(source, tokenizer, sink, source.dtype, report=progress, scratch=scratch, world=world)
+        job.cache = _cache(cache, key, job.data) if cache else None
         result = run(job)
-    report = make_report(name, order, result, job, memory.peak_bytes)
+        world.wait()  # before the directory that all use is gone
+    report = _report(name, order, result, job, memory.peak_bytes)
     checkpoint.attach(model, {n: m.spec() for n, m in sink.modules.items()}, **_provenance(order, result, report))
-    if target is not None:
+
+    def save(directory: Path) -> Report:
         documents = {} if companions is None else {f.name: f.read_text() for f in small_files(companions)}
-        checkpoint.save(model, tokenizer, target, documents=documents)
-        report = with_bytes(report, target, source.outline, source.dtype)
-        report.save(target / "report.json")
-    return report
+        checkpoint.save(model, tokenizer, directory, documents=documents)
+        found = with_bytes(report, directory, source.outline, source.dtype)
+        found.save(directory / "report.json")
+        return found
+
+    return report if target is None else world.from_first(lambda: save(target))
+
+
+def _report(name: str, order: Order, result: Result, job: Job, peak: int | None) -> Report:
+    """The account of a run; with several processes their number, and the peak of the one that used the most memory."""
+    world = job.world
+    report = make_report(name, order, result, job, max((p for p in world.gather(peak) if p is not None), default=None))
+    return report if world.size == 1 else dataclasses.replace(report, extra={**report.extra, "processes": world.size})
 
 
 def _streamed(
-    source: StreamedModel, name: str, order: Order, target: Path, cache: str | Path | None, progress: Progress
+    source: StreamedModel,
+    name: str,
+    order: Order,
+    target: Path,
+    cache: str | Path | None,
+    progress: Progress,
+    world: World,
 ) -> Report:
     work = target.with_name(target.name + ".partial")
     tokenizer = load_tokenizer(source.path) if isinstance(order.text, Text) else None
-    sink = DirectorySink(work, source, source.stored_dtype)
-    job = order.job(
-        source, tokenizer, sink, source.stored_dtype, report=progress, work=work, scratch=work / "statistics"
-    )
-    key = _files_key(source.path)
+    written = DirectorySink(work, source, source.stored_dtype)
+    sink = written if world.first else ElsewhereSink(source)
+    folders = {"work": work, "scratch": work / "statistics"}
+    job = order.job(source, tokenizer, sink, source.stored_dtype, report=progress, world=world, **folders)
+    key = world.from_first(lambda: _files_key(source.path))
     job.cache = _cache(cache, key, job.data)
-    _claim(work, {**order.identity(), "model": key, "dtype": torch_dtype_name(source.dtype)})
+    claim = {**order.identity(), "batch": order.batch, "model": key, "dtype": torch_dtype_name(source.dtype)}
+    world.from_first(lambda: _claim(work, claim))
     final = work / "checkpoint"
-    try:
-        with PeakMemory() as memory:
-            result = run(job)
-            with job.stage("write"):
-                shutil.rmtree(final, ignore_errors=True)
-                files = sink.assemble(final)
-                copy_companions(source.path, final)
-        report = make_report(name, order, result, job, memory.peak_bytes)
-        notes = sink.notes()
+
+    def assemble() -> list[str]:
+        with job.stage("write"):
+            shutil.rmtree(final, ignore_errors=True)
+            files = written.assemble(final)
+            copy_companions(source.path, final)
+        return files
+
+    def finish(report: Report, files: list[str]) -> Report:
+        notes = written.notes()
         checkpoint.finish_directory(
             final,
             source.config,
@@ -293,17 +346,30 @@ def _streamed(
         report = with_bytes(report, final, source.outline, source.stored_dtype)
         report.save(final / "report.json")
         checkpoint.publish(final, target)
+        return report
+
+    try:
+        with PeakMemory() as memory:
+            result = run(job)
+            files = world.from_first(assemble)
+        report = _report(name, order, result, job, memory.peak_bytes)
+        report = world.from_first(lambda: finish(report, files))
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise CorankError(
+            raise Interrupted(
                 f"The disk is full; {target} was not written. Free some space and run the same command again: it "
                 f"continues from {work}."
             ) from None
         raise
-    except CorankError:  # the model or the data are at fault: the same run could not be continued
-        shutil.rmtree(work, ignore_errors=True)
+    except Interrupted:
         raise
-    shutil.rmtree(work, ignore_errors=True)
+    except CorankError as error:  # the model or the data are at fault: the same run could not be continued
+        world.fail(error)
+        if world.first:
+            _clear(work)
+        raise
+    if world.first:
+        _clear(work)
     return report
 
 
@@ -324,6 +390,12 @@ def _claim(work: Path, identity: Mapping[str, Any]) -> None:
     except OSError as error:
         raise CorankError(f"Cannot create {work}: {error.strerror}.") from None
     write_json(note, identity)
+
+
+def _clear(work: Path) -> None:
+    """Delete a work directory. The note goes first: nobody goes on in one that is half gone."""
+    (work / "run.json").unlink(missing_ok=True)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _files_key(path: Path) -> str:

@@ -159,9 +159,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--epochs", type=float, default=2.0, help="passes over the text (default: %(default)s)")
     sub.add_argument("--minutes", type=float, help="end after so many minutes if that comes first")
-    sub.add_argument("--learning-rate", type=float, default=3e-4, help="at its peak (default: %(default)s)")
+    sub.add_argument("--learning-rate", type=float, default=5e-5, help="at its peak (default: %(default)s)")
     sub.add_argument("--no-eval", action="store_true", help="leave out the perplexities before and after")
-    _data(sub, batch=2, device=False)
+    _data(sub, batch=1, device=False)
     _windows(sub, 16)
 
     sub = command(
@@ -169,12 +169,34 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("pattern", nargs="?", default="*", help="a name, or a glob")
 
-    sub = command("verify", "check that a directory is what was saved", "  corank verify small")
-    sub.add_argument("model", help="a directory")
+    sub = command(
+        "verify",
+        "check that a compressed directory is what was saved: digests of its files, shapes and norms of its factors",
+        "  corank verify small\n  corank verify ORG/MODEL --json       # one in the local hub cache",
+    )
+    sub.add_argument(
+        "model", help="a directory, or a hub id; of a dense model it only checks that its files are readable"
+    )
+
+    sub = command(
+        "quantize",
+        "store the factors of a compressed model as integers: two compressions in one directory",
+        "  corank quantize small --out small-int8\n  corank quantize small --scheme int4 --group 32 --out small-int4",
+    )
+    sub.add_argument("model", help="a compressed directory")
+    sub.add_argument("--out", required=True, help="directory to write")
+    sub.add_argument(
+        "--scheme",
+        default="int8",
+        choices=("int8", "int4"),
+        help="int8: a scale for every row; int4: a scale for every group of a row, 4 bits on disk and 8 in memory "
+        "(default: %(default)s)",
+    )
+    sub.add_argument("--group", type=int, default=32, help="values that share a scale, for int4 (default: %(default)s)")
 
     sub = command(
         "dequantize",
-        "turn a compressed model back into a plain dense one",
+        "turn a compressed model back into a plain dense one, which any tool loads, as large as the original",
         "  corank dequantize small --out dense",
     )
     sub.add_argument("model", help="a compressed directory")
@@ -187,7 +209,13 @@ def build_parser() -> argparse.ArgumentParser:
         "  corank export small --format dense --out plain\n  corank export small --format gguf --out small.gguf",
     )
     sub.add_argument("model", help=MODEL + "; dense or compressed")
-    sub.add_argument("--format", required=True, choices=("dense", "onnx", "torch", "gguf"))
+    sub.add_argument(
+        "--format",
+        required=True,
+        choices=("dense", "onnx", "torch", "gguf"),
+        help="onnx (float32) and torch (a torch.export program) keep the factors; dense (a plain Hugging Face directory) and "
+        "gguf (for llama.cpp, by its own converter) multiply them out and are as large as the original",
+    )
     sub.add_argument("--out", required=True, help="directory to write (a file name for gguf); it must not exist")
     sub.add_argument(
         "--tolerance",
@@ -233,6 +261,16 @@ def _method(sub: argparse.ArgumentParser, default: str | None = "best") -> None:
         help="a parameter of the method (see `corank methods NAME`), or one that all share: allocate=uniform|lagrange|..., "
         "pack=true, target=dense|shifted|anchored, refit=true, affine=true, floor=0.3, multiple_of=16, currency=relative|energy; may be repeated",
     )
+    group.add_argument(
+        "--effort",
+        choices=("fast", "balanced", "max"),
+        help="of `best`: closed form, or one or four passes of training after it",
+    )
+    group.add_argument(
+        "--heal",
+        choices=("none", "kd", "block"),
+        help="train the result on the calibration text, see `corank heal --help`",
+    )
     group.add_argument("--targets", help="roles, globs or re:patterns of the matrices to compress, separated by commas")
     group.add_argument("--ignore", help="the same, of matrices to leave alone")
 
@@ -256,8 +294,9 @@ def _data(sub: argparse.ArgumentParser, batch: int = 8, device: bool = True) -> 
     group = sub.add_argument_group("calibration")
     group.add_argument(
         "--data",
+        action="append",
         default=None,
-        help="text: a .txt or .jsonl file (.gz too), datasets:NAME[:CONFIG[:SPLIT]], "
+        help="text, several to be mixed in equal shares: a .txt or .jsonl file (.gz too), datasets:NAME[:CONFIG[:SPLIT]], "
         "or the built-in one, which needs no download (default: builtin)",
     )
     group.add_argument("--samples", type=int, default=None, help="windows (default: 64)")
@@ -331,6 +370,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:  # a place that cannot be read or written; what was half done is left for the next try
+        print(f"corank: {error.filename or 'reading or writing'}: {error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

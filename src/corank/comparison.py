@@ -31,7 +31,7 @@ def compare_methods(
     windows: int | None,
     window: int,
     settings: Mapping[str, Any],
-    data: str,
+    data: str | Sequence[str],
     samples: int,
     length: int,
     seed: int,

@@ -17,7 +17,7 @@ from corank.api import load_tokenizer, to_dtype
 from corank.checkpoint import CorankConfig
 from corank.engine.directory import MemorySink
 from corank.engine.passes import prepare
-from corank.engine.site import cost, read_site
+from corank.engine.site import read_site, stored
 from corank.model import Site, StreamedModel, outline
 from corank.order import Order
 from corank.report.report import ROLES
@@ -115,11 +115,12 @@ def plan_for(
     for role, sites in by_role(job.sites).items():
         choices = {s.name: prepared.plan.choices[s.name] for s in sites}
         ranks = [c.rank for c in choices.values() if not c.is_dense]
-        after = sum(s.numel if choices[s.name].is_dense else cost(job.recipe, s, choices[s.name].rank) for s in sites)
+        after = sum(stored(job.recipe, s, choices[s.name]) for s in sites)
         losses = []
         for s in sites:
             curve = prepared.curves.get(s.name)
-            if curve is not None and curve.loss[0] > 0:
+            alone = choices[s.name].basis is None  # what a member of a group loses is not on its own curve
+            if alone and curve is not None and curve.loss[0] > 0:
                 losses.append(
                     0.0 if choices[s.name].is_dense else math.sqrt(curve.loss[choices[s.name].rank] / curve.loss[0])
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,19 @@ from corank.budget import Budget
 from corank.engine.job import Job
 from corank.errors import CorankError
 from corank.evaluate.perplexity import adds_bos
-from corank.model import Examples, ResidentModel, Text, calibration, read_text, select_sites
+from corank.model import Calibration, Examples, ResidentModel, Source, Text, calibration, read_text, select_sites
 from corank.recipe import Recipe, get
 
-Data = str | Path | Text | Examples | Sequence[Mapping[str, Any]]
-"""Calibration data: a source of text, or batches of model inputs."""
+Data = str | Path | Text | Examples | Sequence[Source] | Sequence[Mapping[str, Any]]
+"""Calibration data: a source of text, several to be mixed in equal shares, or batches of model inputs."""
 
 
 def _calibration_data(data: Data) -> Text | Examples:
     if isinstance(data, Text | Examples):
         return data
-    return read_text(data) if isinstance(data, str | Path) else Examples.of(data)
+    if isinstance(data, str | Path) or (data and all(isinstance(item, str | Path | Text) for item in data)):
+        return read_text(data)  # type: ignore[arg-type]
+    return Examples.of(data)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Order:
         size = budget.get("params") is not None or budget.get("bytes") is not None
         scope = scope or ("model" if size else "sites")
         limit = Budget.parse(**budget, scope=scope) if given or recipe.rule is None else None
-        needs_text = bool(recipe.statistics) or recipe.sequential
+        needs_text = bool(recipe.statistics) or recipe.sequential or recipe.looks
         text = _calibration_data(data) if needs_text else None
         return cls(method, {**entry.parameters, **settings}, recipe, limit, text, **rest)
 
@@ -99,15 +102,31 @@ class Order:
         """
         plan = source.outline
         sites = select_sites(plan.sites, self.recipe.targets, self.recipe.ignore, plan.optional)
-        data = None
+        data = heldout = None
         if isinstance(self.text, Examples):
             data = self.text.calibration()
         elif self.text is not None:
             if tokenizer is None:
                 raise CorankError("Give tokenizer=..., which calibration needs.")
             data = calibration(tokenizer, self.text, self.samples, self.length, self.seed, bos=adds_bos(tokenizer))
+            heldout = self._held_out(tokenizer, data) if self.recipe.looks else None
         limit = None
         if self.budget is not None:
             inside = sum(s.numel for s in sites)
             limit = self.budget.limit(inside, source.outline.parameters - inside, dtype.itemsize * 8)
+        rest["heldout"] = heldout
         return Job(source, self.recipe, sites, limit, data, sink, dtype, seed=self.seed, batch=self.batch, **rest)
+
+    def _held_out(self, tokenizer: Any, data: Calibration) -> Calibration:
+        """Windows that were not drawn for calibration; some of those that were, if the text has no others."""
+        assert isinstance(self.text, Text)
+        count = self.recipe.probe_windows
+        fresh: list[int] = []
+        with contextlib.suppress(CorankError):  # a longer draw holds the same windows, of every text of a mixture
+            drawn = self.samples + count
+            more = calibration(tokenizer, self.text, drawn, self.length, self.seed, bos=adds_bos(tokenizer))
+            seen = set(map(tuple, data.ids.tolist()))
+            fresh = [i for i, window in enumerate(more.ids.tolist()) if tuple(window) not in seen]
+        if fresh:
+            return Calibration(more.ids[fresh], None, more.source)
+        return Calibration(data.ids[:: max(len(data.ids) // count, 1)][:count], None, data.source)

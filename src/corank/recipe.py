@@ -13,7 +13,9 @@ import dataclasses
 import fnmatch
 import importlib
 import inspect
+import math
 import pkgutil
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -22,43 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
-from corank.budget import ALLOCATORS
+from corank.budget import ALLOCATORS, MEASURED
 from corank.errors import CorankError, unknown
 from corank.factorize import Factorizer, Geometry, Measured, Spectral
-from corank.model import Site
+from corank.rule import RankChoice as RankChoice
+from corank.rule import Rule
 
-
-@dataclass(frozen=True)
-class RankChoice:
-    """What a paper's own rank rule may look at.
-
-    Attributes:
-        sites: the candidates.
-        distances: angular distance between the input and the output of every layer ("angular" must be measured).
-        limit: parameters allowed over the sites, None without a budget.
-        cost: (site, rank) -> stored values.
-        load: site -> (W [m, n], its statistics); reads the weights of that block.
-    """
-
-    sites: list[Site]
-    distances: list[float]
-    limit: int | None
-    cost: Callable[[Site, int], int]
-    load: Callable[[Site], tuple[Tensor, Measured]]
-
-    @property
-    def dense(self) -> int:
-        """Parameters of all candidates, dense."""
-        return sum(site.numel for site in self.sites)
-
-
-Rule = Callable[[RankChoice], dict[str, int]]
-"""A paper's own rank rule: rank by site name; sites left out stay dense."""
-
-TARGETS = ("dense", "shifted", "anchored")
-LABELS = ("data", "sampled")
+TARGETS = ("dense", "shifted", "anchored", "mixed", "adaptive")
+STARTS = ("target", "dense")
+HEALING = ("none", "block", "kd")
+LABELS = ("data", "sampled", "top5")
+SHARES = ("none", "pairs", "siblings", "layers", "auto")
 
 
 def plain(_measured: Measured) -> Geometry:
@@ -79,16 +56,34 @@ class Recipe:
             "energy", the loss itself.
         rule: the paper's own rank rule, in place of an allocator; None: `allocate` is used.
         target: what the factorized layer should reproduce: "dense" W on the dense model's inputs (one shot), "shifted"
-            W on the inputs it will really see, "anchored" the dense model's output from the inputs it will really see.
-        labels: what gradients are taken of: "data", the loss on the text itself (empirical Fisher), or "sampled", on tokens
-            drawn from the model's predictions (true Fisher).
+            W on the inputs it will really see, "anchored" the dense model's output from the inputs it will really see,
+            "mixed" something between the last two, "adaptive" the mix that keeps the largest share of energy at each site.
+        mix: share of the dense model's output in a mixed target: 0 is shifted, 1 is anchored.
+        ridge: pull of an anchored or mixed target towards W, relative to the mean square of the inputs; where the geometry
+            shrinks the inputs' metric, that shrinkage takes its place.
+        start: what is factorized before a refit: "target", what the refit aims at, or "dense", W on the dense model's
+            inputs.
+        labels: what gradients are taken of: "data", the loss on the text itself (empirical Fisher), "sampled", on tokens
+            drawn from the model's predictions (true Fisher), or "top5" (any number), the same among the most probable
+            tokens alone.
         refit: refit B by least squares on the inputs the layer will really see (SVD-LLM's update).
+        alternations: times that both factors are refitted in turn on these inputs.
         affine: measure about the mean input and let the bias absorb the mean (LoRD); needs the statistic "gram".
         pack: store the result in pivoted form, which is smaller at the same rank.
+        share: which matrices read one basis, W'_i = B_i A: "none", "pairs" (q and k, gate and up), "siblings", all that
+            have the same input, "layers", those of neighbouring layers, or "auto", wherever one basis loses less than
+            several at the same cost.
+        group: number of neighbouring layers that share.
         targets: roles, globs or ``re:`` patterns of the sites to compress; None: all.
         ignore: the same, of sites to leave alone.
         floor: lowest rank, as a fraction of the uniform one.
         multiple_of: ranks are multiples of this.
+        probe_windows: held-out windows on which an allocator that looks at the model compares its predictions.
+        trials: whole choices of ranks that allocate=bolaco tries.
+        steps: of training, for allocators that learn ranks (ara, dobi-svd).
+        heal: how the result is trained afterwards (`corank.heal.HOW`), "none" for closed forms alone.
+        epochs: passes of that training over the calibration text.
+        fallback: what to do, with a warning, where gradients cannot be had; None: that is an error.
     """
 
     statistics: tuple[str, ...] = ()
@@ -98,35 +93,96 @@ class Recipe:
     currency: str = "relative"
     rule: Rule | None = None
     target: str = "dense"
+    mix: float = 0.5
+    ridge: float = 1e-3
+    start: str = "target"
     labels: str = "data"
     refit: bool = False
+    alternations: int = 0
     affine: bool = False
     pack: bool = False
+    share: str = "none"
+    group: int = 2
     targets: tuple[str, ...] | None = None
     ignore: tuple[str, ...] | None = None
     floor: float = 0.0
     multiple_of: int = 1
+    probe_windows: int = 4
+    trials: int = 24
+    steps: int = 64
+    heal: str = "none"
+    epochs: float = 2.0
+    fallback: Recipe | None = None
 
     def __post_init__(self) -> None:
         if self.allocate not in ALLOCATORS:
             raise unknown("allocator", self.allocate, ALLOCATORS)
+        if self.allocate == "zs-svd" and self.rule is None and "gradient-mean" not in self.statistics:
+            object.__setattr__(self, "statistics", (*self.statistics, "gradient-mean"))
         if self.allocate == "swift-svd" and "angular" not in self.statistics:  # it weighs layers by what they change
             object.__setattr__(self, "statistics", (*self.statistics, "angular"))
         if self.target not in TARGETS:
             raise unknown("target", self.target, TARGETS)
-        if self.labels not in LABELS:
+        if self.labels not in LABELS and not re.fullmatch(r"top[1-9]\d*", self.labels):
             raise unknown("kind of labels", self.labels, LABELS)
+        if self.labels == "top1":
+            raise CorankError("labels=top1 leaves nothing to choose between; give top2 or more.")
+        if self.start not in STARTS:
+            raise unknown("start", self.start, STARTS)
+        if not 0 <= self.mix <= 1 or not (math.isfinite(self.ridge) and self.ridge >= 0) or self.alternations < 0:
+            raise CorankError("mix must be between 0 and 1, and ridge and alternations must not be negative.")
         if self.currency not in ("relative", "energy"):
             raise unknown("currency", self.currency, ("relative", "energy"))
         if self.multiple_of < 1 or not 0 <= self.floor <= 1:
             raise CorankError("multiple_of must be at least 1, and floor between 0 and 1.")
+        if min(self.probe_windows, self.trials, self.steps) < 1:
+            raise CorankError("probe_windows, trials and steps must be at least 1.")
+        if self.heal not in HEALING:
+            raise unknown("way to heal", self.heal, HEALING)
+        if not (self.epochs >= 0 and math.isfinite(self.epochs)):
+            raise CorankError("epochs must not be negative.")
+        if self.share not in SHARES:
+            raise unknown("kind of sharing", self.share, SHARES)
+        if self.group < 1:
+            raise CorankError("group must be at least 1 layer.")
+        self._check_sharing()
+        if "gradient-mean" in self.statistics and self.labels != "data":
+            raise CorankError(
+                f"labels={self.labels} makes the mean gradient pure noise; allocate=zs-svd needs labels=data."
+            )
         if self.affine and "gram" not in self.statistics:
             raise CorankError("affine=true needs a method that measures the Gram matrix, such as svd-llm.")
-        if self.refit and self.factorize.kind != "low_rank":
+        if self.refits and self.factorize.kind != "low_rank":
+            setting = "refit=true" if self.refit else f"alternations={self.alternations}"
             raise CorankError(
-                "refit=true needs a method that yields two free factors, such as svd-llm; selected "
+                f"{setting} needs a method that yields two free factors, such as svd-llm; selected "
                 "columns and rows cannot be refitted."
             )
+        if self.start == "dense" and self.target != "dense" and not self.refits:
+            raise CorankError(
+                f"start=dense factorizes for the dense model's inputs, and nothing would move the factors to the "
+                f"{self.target} target; set refit=true or alternations=1 as well."
+            )
+
+    def _check_sharing(self) -> None:
+        """Sharing is one truncation of several matrices at the dense model's inputs, by an allocator that adds up curves."""
+        if self.share == "none":
+            return
+        reason = ""
+        if type(self.factorize) is not Spectral:
+            reason = "a method that truncates, such as svd-llm"
+        elif self.target != "dense":
+            reason = "target=dense"
+        elif self.alternations:
+            reason = "alternations=0, as the basis is not one layer's to move"
+        elif self.looks:
+            reason = (
+                f"an allocator that goes by curves, such as lagrange; {self.allocate} looks at every matrix on its own"
+            )
+        elif self.rule is not None:
+            reason = "an allocator; set allocate=lagrange"
+        if reason:
+            raise CorankError(f"share={self.share} needs {reason}.")
 
     @property
     def kind(self) -> str:
@@ -134,9 +190,29 @@ class Recipe:
         return "row_pivoted" if self.pack and self.factorize.kind != "column_pivoted" else self.factorize.kind
 
     @property
+    def looks(self) -> bool:
+        """Whether ranks are chosen by what is measured on the model itself, on text."""
+        return self.rule is None and self.allocate in MEASURED
+
+    @property
+    def refits(self) -> bool:
+        """Whether factors are fitted again to the inputs that the layer will really see."""
+        return self.refit or self.alternations > 0
+
+    @property
     def sequential(self) -> bool:
         """Whether the second activation stream, of the compressed model, is needed."""
-        return self.target != "dense" or self.refit
+        return self.target != "dense" or self.refits
+
+    @property
+    def drifted(self) -> bool:
+        """Whether the geometry is that of the inputs that the compressed model produces."""
+        return self.target != "dense" and self.start == "target"
+
+    @property
+    def anchored(self) -> bool:
+        """Whether outputs of the dense model are part of what is to be reproduced."""
+        return self.target in ("anchored", "mixed", "adaptive")
 
 
 #: what can be set on any method, besides its own parameters
@@ -148,14 +224,25 @@ COMMON: dict[str, Any] = {
         "allocate",
         "currency",
         "target",
+        "mix",
+        "ridge",
+        "start",
         "labels",
         "refit",
+        "alternations",
         "affine",
         "pack",
+        "share",
+        "group",
         "targets",
         "ignore",
         "floor",
         "multiple_of",
+        "probe_windows",
+        "trials",
+        "steps",
+        "heal",
+        "epochs",
     )
 }
 
@@ -212,6 +299,10 @@ class Method:
         recipe = self.build(**own)
         if "allocate" in common:  # an allocator that was asked for replaces the paper's own rule
             common["rule"] = None
+        if recipe.fallback is not None:
+            common["fallback"] = dataclasses.replace(
+                recipe.fallback, **{k: v for k, v in common.items() if k != "fallback"}
+            )
         return dataclasses.replace(recipe, **common)
 
 

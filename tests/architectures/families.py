@@ -56,7 +56,15 @@ FAMILIES = {
         **SIZES,
         **MLP,
     ),
-    "mistral": _family("Mistral", "MistralForCausalLM", "MistralConfig", **SIZES, **MLP, **GQA),
+    "mistral": _family(
+        "Mistral",
+        "MistralForCausalLM",
+        "MistralConfig",
+        note="four query heads to a key head",
+        num_key_value_heads=1,
+        **SIZES,
+        **MLP,
+    ),
     "qwen2": _family("Qwen2", "Qwen2ForCausalLM", "Qwen2Config", note="biases on q, k, v", **SIZES, **MLP, **GQA),
     "qwen3": _family("Qwen3", "Qwen3ForCausalLM", "Qwen3Config", note="norms on q, k", **SIZES, **MLP, **HEADS),
     "gemma2": _family(

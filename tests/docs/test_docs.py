@@ -69,6 +69,16 @@ def test_every_command_of_the_readme_runs(home, tmp_path, monkeypatch, capsys):
         assert main([*shlex.split(line)[1:], "--quiet"]) == 0, f"{line}\n{capsys.readouterr().err}"
 
 
+def test_the_page_on_healing_runs(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CORANK_CACHE", str(home))
+    monkeypatch.chdir(tmp_path)
+    for line in commands("docs/healing.md"):
+        assert main([*shlex.split(line)[1:], "--quiet"]) == 0, f"{line}\n{capsys.readouterr().err}"
+    for code in blocks("docs/healing.md", "python"):
+        exec(compile(code, "docs/healing.md", "exec"), {})
+    assert (tmp_path / "healed-by-blocks" / "healing.json").is_file()
+
+
 def test_every_python_block_runs(home, tmp_path, monkeypatch):
     monkeypatch.setenv("CORANK_CACHE", str(home))
     monkeypatch.chdir(tmp_path)

@@ -72,7 +72,7 @@ def test_the_page_on_fine_tuning(room, monkeypatch, capsys):
         else:
             shell(block)
         ran.append(language)
-    assert ran.count("python") == 6 and ran.count("bash") == 3
+    assert ran.count("python") == 6 and ran.count("bash") == 4
     start, tuned, trained = (corank.load(place)[0] for place in ("small", "tuned", "trained"))
     ranks = {n: m.rank for n, m in start.named_modules() if isinstance(m, FactorizedLinear)}
     grown = {n: m.rank for n, m in tuned.named_modules() if isinstance(m, FactorizedLinear)}
@@ -80,4 +80,13 @@ def test_the_page_on_fine_tuning(room, monkeypatch, capsys):
     same = {n: p for n, p in start.named_parameters()}
     assert any(not torch.equal(p, same[n]) for n, p in trained.named_parameters())
     assert namespace["account"].matrices.keys() == {"int8"} and namespace["account"].bits < 11
-    assert {p.name for p in room.iterdir()} >= {"small", "adapter", "tuned", "trained", "ddp", "small-int8", "train.py"}
+    assert {p.name for p in room.iterdir()} >= {
+        "small",
+        "adapter",
+        "tuned",
+        "trained",
+        "ddp",
+        "small-int8",
+        "small-int4",
+        "train.py",
+    }

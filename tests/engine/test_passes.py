@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 
 import pytest
 import torch
@@ -154,46 +149,6 @@ def test_one_shot_statistics_are_of_the_dense_model():
     U = torch.linalg.svd(W @ X.T, full_matrices=False)[0][:, : last.rank]
     best = torch.linalg.norm(W @ X.T - U @ U.T @ W @ X.T)
     assert torch.linalg.norm((W - W_new) @ X.T) <= best * 1.001
-
-
-KILLED = """
-    import sys, torch
-    torch.set_num_threads(1)
-    import corank
-    sys.path.insert(0, {tests!r})
-    from tiny import text
-    from corank.model import Text
-    print("ready", flush=True)
-    def slow(layer, stage, error):
-        import time; time.sleep(0.1)
-    corank.compress({folder!r}, {method!r}, keep=0.7, out={out!r}, data=Text(text(), "words"), samples=6, length=16, batch=4,
-                    progress=slow, **{settings!r})
-"""
-
-
-@pytest.mark.parametrize(("method", "settings"), [("svd-llm", {}), ("svd-llm", {"target": "anchored"})])
-def test_a_run_killed_again_and_again_ends_with_the_same_bits(method, settings, tmp_path, request):
-    folder = saved("llama-gqa", tmp_path / "dense")
-    torch.set_num_threads(1)
-    corank.compress(folder, method, keep=0.7, out=tmp_path / "whole", **settings, **DATA)
-    out = tmp_path / "killed"
-    code = textwrap.dedent(KILLED).format(
-        tests=str(request.config.rootpath / "tests"), folder=str(folder), method=method, out=str(out), settings=settings
-    )
-    kills = 0
-    for attempt in range(8):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        if kills < 3:
-            time.sleep(0.25 + 0.22 * attempt)
-            process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += process.returncode == -signal.SIGKILL
-        if out.exists():  # it may have been killed after its work was done
-            break
-    assert kills >= 2 and out.exists()
-    whole, resumed = tensors(tmp_path / "whole"), tensors(out)
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
 def test_a_run_killed_while_it_took_its_directory_is_taken_over(tmp_path):

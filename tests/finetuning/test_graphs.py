@@ -7,10 +7,11 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from transformers import CompileConfig
 
 from corank import checkpoint
 from corank.factors import SharedBasis
-from factorized import IDS, KINDS, factors_of, logits, mixed
+from factorized import IDS, KINDS, compressed, factors_of, logits, mixed, tied_in_factors
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 W = torch.randn(14, 11, generator=torch.Generator().manual_seed(0))
@@ -66,8 +67,30 @@ def test_a_layer_exports_whatever_the_number_of_tokens(name):
     torch.testing.assert_close(program.module()(x), layer(x))
 
 
-def test_a_model_compiles_exports_and_generates():
-    model = mixed(layers=1).eval()
+def conv1d():
+    return compressed("low_rank", "gpt2-conv1d", ranks=(5, 3, 4))
+
+
+def tied():
+    """The embedding looks up the head's factors."""
+    model = tied_in_factors()
+    del model.model.layers[1:]
+    model.config.num_hidden_layers = 1
+    return model
+
+
+MODELS = {
+    "mixed": lambda: mixed(layers=1),  # low rank, CUR, pivoted rows, a shared basis
+    "column_pivoted": lambda: compressed("column_pivoted", ranks=(5, 3, 4)),
+    "conv1d": conv1d,
+    "tied": tied,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_compiles_exports_and_generates(name):
+    model = MODELS[name]().eval()
+    checkpoint.attach(model)  # as one that was loaded: transformers asks the quantizer whether it may compile
     due = logits(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -75,9 +98,14 @@ def test_a_model_compiles_exports_and_generates():
         torch.testing.assert_close(compiled(IDS, use_cache=False).logits, due)
         program = torch.export.export(model, (IDS,), {"use_cache": False}, strict=False)
         torch.testing.assert_close(program.module()(IDS, use_cache=False).logits, due)
-    plain = model.generate(IDS, max_new_tokens=6, do_sample=False)
-    static = model.generate(IDS, max_new_tokens=6, do_sample=False, cache_implementation="static")
-    assert plain.shape[1] > IDS.shape[1] and torch.equal(plain, static)
+    generation = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    plain = model.generate(IDS, **generation)
+    assert plain.shape[1] == IDS.shape[1] + 6
+    assert torch.equal(plain, model.generate(IDS, cache_implementation="static", **generation))
+    config = CompileConfig(fullgraph=True, backend="aot_eager")
+    config._compile_all_devices = True  # on the CPU too
+    once = model.generate(IDS, cache_implementation="static", compile_config=config, **generation)
+    assert torch.equal(plain, once) and model._last_compile_config is config  # the steps really were compiled
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="inductor needs a C compiler")

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 import corank
+from corank import healing
 from corank.errors import CorankError
 from corank.factors import FactorizedLinear
-from corank.heal import Schedule, heal
+from corank.heal import Schedule
 from corank.heal.blocks import refine_blocks
 from corank.heal.distillation import lumped_kl, predictions
 from corank.heal.healing import trainable
 from corank.heal.training import divide, fit
+from corank.healing import heal
 from corank.model import ResidentModel, Text
 from tiny import saved, text, tiny, tokenizer, windows
 
@@ -113,7 +115,7 @@ def test_the_best_state_is_kept():
     parameters, loss = quadratic()
     history = fit(parameters, loss, [0], [0], Schedule(epochs=60, learning_rate=0.1, batch=1))
     assert history.best < 0.1 * history.heldout[0]
-    assert float(loss([0])) == pytest.approx(history.best)
+    assert loss([0]).item() == pytest.approx(history.best)
 
 
 def test_an_interrupted_training_ends_in_the_same_bits(tmp_path):
@@ -269,3 +271,37 @@ def test_a_model_in_memory(compressed):
     assert healed.after < healed.before and [p.requires_grad for p in model.parameters()] == flags
     with pytest.raises(CorankError, match="teacher"):
         heal(model, tokenizer=tokenizer(), **SMALL)
+
+
+def test_compressing_with_healing_is_compressing_and_healing(tmp_path):
+    dense = saved("llama-gqa", tmp_path / "dense")
+    shared = dict(data=TEXT, samples=10, length=16, keep=0.6)
+    report = corank.compress(dense, "svd-llm", out=tmp_path / "both", heal="kd", epochs=3, **shared)
+    corank.compress(dense, "svd-llm", out=tmp_path / "first", **shared)
+    healed = heal(
+        tmp_path / "first", out=tmp_path / "second", data=TEXT, samples=10, length=16, schedule=Schedule(epochs=3)
+    )
+    one, other = (corank.load(tmp_path / d)[0].state_dict() for d in ("both", "second"))
+    assert all(torch.equal(one[n], other[n]) for n in one)
+    assert report.extra["healing"][0]["after"] == healed.after
+    assert report.parameters["heal"] == "kd" and not list(tmp_path.glob("*.unhealed"))
+
+
+def test_an_interrupted_compression_with_healing_goes_on_from_the_closed_form(tmp_path, monkeypatch):
+    dense = saved("llama-gqa", tmp_path / "dense")
+    order = dict(data=TEXT, samples=10, length=16, keep=0.6, heal="block", epochs=1, out=tmp_path / "small")
+    with monkeypatch.context() as patch:
+        patch.setattr(healing, "train", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            corank.compress(dense, "svd-llm", **order)
+    before = (tmp_path / "small.unhealed" / "config.json").stat().st_mtime_ns
+    with pytest.raises(CorankError, match="another run"):
+        corank.compress(dense, "svd-llm", **{**order, "keep": 0.5})
+    assert (tmp_path / "small.unhealed" / "config.json").stat().st_mtime_ns == before
+    corank.compress(dense, "svd-llm", **order)
+    assert corank.load(tmp_path / "small") and not list(tmp_path.glob("*.unhealed"))
+
+
+def test_healing_in_memory_is_refused_by_compress():
+    with pytest.raises(CorankError, match="in memory"):
+        corank.compress(tiny("llama-gqa"), "svd", keep=0.5, heal="kd", tokenizer=tokenizer())

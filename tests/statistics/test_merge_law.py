@@ -17,6 +17,7 @@ SIZES = {
     "moments": (N,),
     "cross": (N,),
     "fisher": (M, N),
+    "gradient-mean": (M, N),
     "gradient": (M,),
     "clipped-gradient": (M,),
     "angular": (),
@@ -26,6 +27,7 @@ WIDTHS = {
     "moments": (N,),
     "cross": (N, N),
     "fisher": (N, M),
+    "gradient-mean": (N, M),
     "gradient": (M,),
     "clipped-gradient": (M,),
     "angular": (N, N),
@@ -212,7 +214,7 @@ def test_low_precision_inputs_are_upcast_exactly(name, dtype):
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
-@pytest.mark.parametrize("name", ["gram", "moments", "cross", "fisher", "gradient"])
+@pytest.mark.parametrize("name", ["gram", "moments", "cross", "fisher", "gradient", "gradient-mean"])
 def test_values_whose_squares_leave_float32_are_still_exact(name, scale):
     streams, mask = batch(name, dtype=torch.float32)
     scaled, exact = fresh(name), fresh(name)

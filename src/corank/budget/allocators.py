@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from corank.budget.bayesian import bolaco
 from corank.budget.curve import Curve
 from corank.budget.knapsack import knapsack
 from corank.budget.options import (
@@ -25,6 +26,7 @@ from corank.budget.options import (
 )
 from corank.budget.shares import d_rank, inv_log_loss, swift_svd
 from corank.budget.threshold import strs, threshold, welore
+from corank.budget.zero_sum import zero_sum
 from corank.errors import CorankError, unknown
 
 Allocator = Callable[..., dict[str, int | None]]
@@ -95,7 +97,16 @@ ALLOCATORS: dict[str, Allocator] = {
     "threshold": threshold,
     "strs": strs,
     "welore": welore,
+    "lems": lagrange,
+    "asvd-search": strs,
+    "bolaco": bolaco,
+    "zs-svd": zero_sum,
+    "ara": strs,
+    "dobi-svd": strs,
 }
+
+MEASURED = frozenset({"lems", "asvd-search", "bolaco", "zs-svd", "ara", "dobi-svd"})
+"""Those whose curves, or whose judge, the engine first measures on the model itself (`corank.probing`)."""
 
 
 def allocator(name: str) -> Allocator:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +35,10 @@ class Curve:
         layer: index of its layer.
         importance: how much the layer matters, finite and not negative, in any unit common to the sites; only what
             `swift_svd` reads.
+        members: of a group that shares a basis, name -> (m_i, n) of every site; the first stores the basis and gives the
+            curve its name, and `shape` is (sum of the m_i, n). Empty for a site of its own.
+        first_order: float64 [K], change of the model's loss at every rank to first order, of either sign; None: not
+            known. Only what `zero_sum` reads.
 
     Raises:
         CorankError: if the arrays differ in length or are not ordered as said, or the importance is out of range.
@@ -48,6 +53,8 @@ class Curve:
     role: str = ""
     layer: int = 0
     importance: float = 1.0
+    first_order: np.ndarray | None = None
+    members: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for field, dtype in (("ranks", np.int64), ("loss", np.float64), ("cost", np.int64)):
@@ -57,6 +64,8 @@ class Curve:
                 f"The curve of {self.site!r} has {self.ranks.shape} ranks, {self.loss.shape} losses and "
                 f"{self.cost.shape} costs; give one loss and one cost per rank."
             )
+        if self.first_order is not None and np.shape(self.first_order) != self.ranks.shape:
+            raise CorankError(f"The curve of {self.site!r} needs one first-order change per rank.")
         if self.dense_cost < 1:
             raise CorankError(f"The site {self.site!r} is empty; leave it out.")
         if len(self.ranks) and (self.ranks[0] < 0 or self.ranks[-1] > min(self.shape)):

@@ -24,10 +24,12 @@ class Choice:
     Attributes:
         kind: a factor kind, or "dense".
         rank: its rank; min(m, n) when dense.
+        basis: the site that stores the basis which this one reads, itself for that one; None: it shares none.
     """
 
     kind: str
     rank: int
+    basis: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -69,9 +71,10 @@ class Plan:
         """Assemble from an allocator's answer, or from one edited by hand.
 
         Args:
-            curves: one per site.
+            curves: one per site, or per group of sites that share a basis.
             ranks: site -> rank, None for dense.
-            kind: the factor kind of all sites, or one per site.
+            kind: the factor kind of all sites, or one per site (not asked for in a group: a pair, and those who read its
+                basis).
             allocator: name to record.
             limit: stored values allowed.
 
@@ -84,11 +87,9 @@ class Plan:
         different = (sites ^ set(ranks)) | (sites - set(kinds))
         if different:
             raise CorankError(f"Curves, ranks and kinds name different sites, among them {min(different)!r}.")
-        choices = {}
+        choices: dict[str, Choice] = {}
         for curve in curves:
-            rank = ranks[curve.site]
-            dense = Choice(DENSE, min(curve.shape))
-            choices[curve.site] = dense if rank is None else Choice(str(kinds[curve.site]), rank)
+            choices |= _choices(curve, ranks[curve.site], str(kinds[curve.site]))
         cost = sum(curve.cost_at(ranks[curve.site]) for curve in curves)
         if cost > limit:
             raise CorankError(f"These ranks cost {cost:,} parameters, more than the limit of {limit:,}.")
@@ -97,7 +98,11 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return asdict(self)
+        data = asdict(self)
+        for choice in data["choices"].values():
+            if choice["basis"] is None:
+                del choice["basis"]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -108,7 +113,8 @@ class Plan:
         """
         try:
             choices = {
-                str(site): Choice(str(choice["kind"]), int(choice["rank"])) for site, choice in data["choices"].items()
+                str(site): Choice(str(choice["kind"]), int(choice["rank"]), choice.get("basis"))
+                for site, choice in data["choices"].items()
             }
             loss = data.get("predicted_loss")
             return cls(
@@ -153,6 +159,17 @@ class Plan:
         if self.predicted_loss is not None:
             lines.append(f"  predicted loss {self.predicted_loss:.6g}")
         return "\n".join(lines)
+
+
+def _choices(curve: Curve, rank: int | None, kind: str) -> dict[str, Choice]:
+    """What a rank of a curve makes of its site, or of all the sites of its group."""
+    if not curve.members:
+        return {curve.site: Choice(DENSE, min(curve.shape)) if rank is None else Choice(kind, rank)}
+    if rank is None:
+        return {site: Choice(DENSE, min(shape)) for site, shape in curve.members.items()}
+    return {
+        site: Choice("low_rank" if site == curve.site else "shared", rank, basis=curve.site) for site in curve.members
+    }
 
 
 def make_plan(

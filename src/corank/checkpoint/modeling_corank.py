@@ -185,7 +185,10 @@ class QuantizedLinear(nn.Module):
 class CorankConfig(QuantizationConfigMixin):
     def __init__(self, **content):
         self.__dict__.update(content)
-        if self.format_version > FORMAT_VERSION:
+        known = all(s["kind"] in KINDS and s.get("form") in (None, *FORMS) for s in self.modules.values())
+        if (
+            self.format_version > FORMAT_VERSION or not known
+        ):  # this may be another checkpoint than the one it came with
             raise ValueError("This checkpoint needs a newer corank; upgrade with `pip install -U corank`.")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from corank.checkpoint import modeling_corank
 from corank.checkpoint.config import CorankConfig
 from corank.checkpoint.integers import plain
 from corank.checkpoint.quantizer import FALLBACK_MODULE, CorankQuantizer
-from corank.checkpoint.skeleton import collect
+from corank.checkpoint.skeleton import collect, factorized
 from corank.checkpoint.verify import INDEX, digests, fingerprint_of_files, weight_files
 from corank.errors import CorankError
 from corank.factors import ExpertList
@@ -136,8 +137,10 @@ def save(
         The directory.
 
     Raises:
-        CorankError: the target exists, the disk is full, factors are not finite, adapters are not merged. No
-            target exists afterwards.
+        CorankError: the target exists or cannot be written, the disk is full, factors are not finite or of different
+            dtypes, adapters are not merged. No target exists afterwards.
+
+    Warns about a model of several dtypes: transformers loads all parameters in one.
     """
     target = check_target(out)
     partial = target.with_name(f"{target.name}.partial")
@@ -150,6 +153,7 @@ def save(
             "The model is sharded over processes; gather it on all of them, and on rank 0 save it with "
             "`model.save_pretrained(out, state_dict=accelerator.get_state_dict(model))`."
         )
+    _check_dtypes(model)
     modules = collect(model)
     if modules:
         attach(model, modules, recipe=recipe, plan=plan, provenance=provenance)
@@ -262,6 +266,29 @@ def _refuse_non_finite(norms: Mapping[str, float]) -> None:
             raise CorankError(f"{name}: the factors hold NaN or infinite values; they cannot be saved.")
 
 
+def _check_dtypes(model: Any) -> None:
+    """The factors of one module have one dtype, or could not be multiplied; those of a model should."""
+    for name, layer in factorized(model).items():
+        found = {_plain_name(p.dtype) for p in layer.parameters() if p.is_floating_point()}
+        if len(found) > 1:
+            raise CorankError(
+                f"{name}: its factors mix {' and '.join(sorted(found))}; cast the model to one dtype first."
+            )
+    kept = {k for end in ("", "_strict") for k in getattr(model, f"_keep_in_fp32_modules{end}", None) or ()}
+    others = [p.dtype for n, p in model.named_parameters() if p.is_floating_point() and not any(k in n for k in kept)]
+    found = {_plain_name(dtype) for dtype in others}
+    if len(found) > 1:
+        warnings.warn(
+            f"The model mixes {' and '.join(sorted(found))}; transformers loads all parameters in the dtype of the "
+            f"first one, {_plain_name(model.dtype)}. Cast it before saving, e.g. model.to(torch.{_plain_name(model.dtype)}).",
+            stacklevel=3,
+        )
+
+
+def _plain_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _check_space(model: Any, folder: Path) -> None:
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
@@ -323,13 +350,14 @@ def _untie_config(content: dict[str, Any], modules: Iterable[str]) -> None:
 def _auto_map(content: Mapping[str, Any], modules: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """The Auto classes that load this architecture, each pointing at the shipped fallback.
 
-    Empty when the fallback cannot help: an architecture outside transformers, or a kind it does not know.
+    Empty when the fallback cannot help: an architecture outside transformers, or a kind or form it does not know.
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     stock = any(hasattr(transformers, name) for name in content.get("architectures") or [])
-    kinds = {spec["kind"] for spec in modules.values()}
-    if not stock or content.get("model_type") not in CONFIG_MAPPING or not kinds <= set(modeling_corank.KINDS):
+    kinds, forms = {spec["kind"] for spec in modules.values()}, {spec.get("form") for spec in modules.values()}
+    known = kinds <= set(modeling_corank.KINDS) and forms <= {None, *modeling_corank.FORMS}
+    if not stock or not known or content.get("model_type") not in CONFIG_MAPPING:
         return {}
     config_class = CONFIG_MAPPING[content["model_type"]]
     autos = (name for name in dir(transformers) if name.startswith("AutoModel"))

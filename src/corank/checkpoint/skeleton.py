@@ -89,21 +89,24 @@ def build(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
     """Replace the dense modules named in `modules` by empty ones of the kinds their specs name.
 
     The new modules have the device and dtype of those they replace, whose values are never read (they may be
-    on the meta device). Modules that `model` does not have (a head that was not asked for) are left out.
+    on the meta device). A head that was not asked for is left out.
 
     Args:
         model: freshly constructed, dense.
         modules: name -> spec.
 
     Raises:
-        CorankError: a kind is unknown, or a spec does not fit the module it names.
+        CorankError: a kind is unknown, a spec does not fit the module it names or names one that the model does not
+            have, or the model's config ties a matrix that is stored as factors.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     take_apart_for(model, [n for name in modules for n in (name, name.removeprefix(prefix), prefix + name)])
     for name, spec in modules.items():
         found = resolve(model, name)
         if found is None:
+            _refuse_unknown(model, name)
             continue
+        _refuse_tied(model, found, spec)
         old: Any = model.get_submodule(found)
         if list(shape_of(old)) != list(spec["shape"]):
             raise CorankError(
@@ -119,6 +122,28 @@ def build(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
         replace(model, found, layer)
     wire(model)
     wire_tied(model)
+
+
+def _refuse_unknown(model: nn.Module, name: str) -> None:
+    """A checkpoint may have a head that this class does not; inside the blocks it must have what the model has."""
+    config: Any = getattr(model, "config", None)
+    same = type(model).__name__ in (getattr(config, "architectures", None) or [])
+    prefix = getattr(model, "base_model_prefix", "")
+    if same or (prefix and name.startswith(f"{prefix}.")):
+        raise CorankError(
+            f"config.json says that {name} is stored as factors, and {type(model).__name__} has no such module; "
+            "config.json does not belong to this model."
+        )
+
+
+def _refuse_tied(model: nn.Module, name: str, spec: Mapping[str, Any]) -> None:
+    """Tying would put the one end's matrix in the place of the other end's factors."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    if spec.get("form") != "tied" and f"{name}.weight" in {*ties, *ties.values()}:
+        raise CorankError(
+            f"config.json ties {name} to another matrix, but its factors are stored on their own; set "
+            '"tie_word_embeddings": false there, as it was when the model was saved.'
+        )
 
 
 def restore_dense(model: nn.Module) -> None:

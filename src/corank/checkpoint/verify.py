@@ -231,6 +231,11 @@ def verify(target: str | os.PathLike[str] | nn.Module) -> None:
     """
     if isinstance(target, nn.Module):
         config = getattr(getattr(target, "config", None), "quantization_config", None)
+        if isinstance(config, Mapping) and config.get("quant_method") == QUANT_METHOD:
+            raise CorankError(
+                "This model was loaded before corank was imported, so its factorized layers are random numbers; "
+                "`pip install corank`, put `import corank` on the first line, and load it again."
+            )
         if not isinstance(config, CorankConfig):
             raise CorankError("This model was not compressed by corank; there is nothing to verify it against.")
         if config.fingerprint is None:

@@ -3,7 +3,7 @@
 from corank.commands.arguments import DEFAULT_TEXTS, layers_of, parse_settings, read_texts
 from corank.commands.compressing import compare, compress
 from corank.commands.demonstration import demo
-from corank.commands.handing_over import dequantize, export, serve, verify
+from corank.commands.handing_over import dequantize, export, quantize, serve, verify
 from corank.commands.healing import heal
 from corank.commands.measuring import bench, eval, generate
 from corank.commands.output import console, emit
@@ -27,6 +27,7 @@ __all__ = [
     "methods",
     "parse_settings",
     "plot",
+    "quantize",
     "read_texts",
     "serve",
     "verify",

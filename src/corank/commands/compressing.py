@@ -13,13 +13,29 @@ from corank.assess import assess, write_documents
 from corank.commands.arguments import layers_of, parse_settings, read_texts
 from corank.commands.output import console, emit
 from corank.comparison import compare_methods
+from corank.engine.world import launched, rank, started
 from corank.errors import CorankError
 from corank.report.table import comparison_table, print_report
 from corank.watch import Watch
 
 
 def compress(args: Namespace) -> int:
-    """``corank compress``."""
+    """``corank compress``; under torchrun all processes work, and one speaks."""
+    with launched(args.device) as speaks:
+        try:
+            return _compress(args)
+        except CorankError:
+            if speaks():
+                raise
+            raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            if speaks():
+                raise
+            raise SystemExit(130) from None
+
+
+def _compress(args: Namespace) -> int:
+    first = rank() == 0
     file = recipe.from_yaml(args.recipe) if args.recipe else {}
     run: dict[str, Any] = {
         "method": "best",
@@ -44,7 +60,7 @@ def compress(args: Namespace) -> int:
     entry.recipe(**settings)  # bad settings are told before anything is loaded
     out = check_target(args.out)
     texts = [] if args.no_eval else read_texts(args.text)
-    watch = Watch(run["method"], layers_of(run["model"]), args.quiet)
+    watch = Watch(run["method"], layers_of(run["model"]), args.quiet or not first)
     try:
         report = compress_model(
             run["model"],
@@ -63,6 +79,8 @@ def compress(args: Namespace) -> int:
             progress=watch,
             **settings,
         )
+        if not first:
+            return 0
         if texts:
             report = assess(
                 report,
@@ -89,6 +107,10 @@ def compress(args: Namespace) -> int:
 
 def compare(args: Namespace) -> int:
     """``corank compare``."""
+    if started() > 1:
+        raise CorankError(
+            "corank compare runs in one process; start it without torchrun, or share out corank compress."
+        )
     names = [n for n in args.methods.split(",") if n]
     settings = parse_settings(args.set)
     watch = Watch("compare", layers_of(args.model), args.quiet)

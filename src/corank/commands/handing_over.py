@@ -1,21 +1,56 @@
-"""`corank verify`, `corank dequantize`, `corank export` and `corank serve`."""
+"""`corank verify`, `corank quantize`, `corank dequantize`, `corank export` and `corank serve`."""
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import Namespace
+from pathlib import Path
 
 from corank import checkpoint
 from corank.api import check_target, load
+from corank.checkpoint.verify import corank_config, read_config, weight_files
 from corank.commands.output import emit
 from corank.errors import CorankError
+from corank.model import resolve
 from corank.report import numbers
 from corank.watch import Watch
 
 
 def verify(args: Namespace) -> int:
     """``corank verify``."""
-    checkpoint.verify(args.model)
-    emit({"model": args.model, "verified": True}) if args.json else print(f"{args.model} is what was saved.")
+    path = resolve(args.model)
+    checkpoint.verify(path)
+    section, files = corank_config(read_config(path)), weight_files(path)
+    if args.json:
+        modules = 0 if section is None else len(section.modules)
+        emit({"model": args.model, "verified": section is not None, "files": len(files), "factorized": modules})
+    elif section is None:
+        print(f"{args.model} is a dense model; its {_files(files)} readable, and there are no digests to check.")
+    else:
+        print(
+            f"{args.model} is what was saved: {_files(files)} as their SHA-256 says, {len(section.modules)} factorized "
+            "matrices have the shapes and norms that config.json says."
+        )
+    return 0
+
+
+def _files(files: list[Path]) -> str:
+    return f"{len(files)} weight file{'s are' if len(files) != 1 else ' is'}"
+
+
+def quantize(args: Namespace) -> int:
+    """``corank quantize``."""
+    out = check_target(args.out)
+    account = checkpoint.quantize_factors(resolve(args.model), args.scheme, out=out, group=args.group)
+    if args.json:
+        emit({"model": str(out), **dataclasses.asdict(account), "bits": account.bits})
+        return 0
+    stored = ", ".join(f"{many} as {name}" for name, many in account.matrices.items())
+    print(
+        f"{out}: the factors take {numbers.size(account.after)} instead of {numbers.size(account.before)}, "
+        f"{account.bits:.2f} bits a value with the scales ({stored})."
+    )
+    print(f"Measure what the rounding costs: corank eval {out}")
     return 0
 
 
@@ -26,7 +61,11 @@ def dequantize(args: Namespace) -> int:
     if getattr(model.config, "quantization_config", None) is None:
         raise CorankError(f"{args.model} is dense already.")
     checkpoint.save(checkpoint.dequantize(model), tokenizer, out)
-    emit({"model": str(out)}) if args.json else print(f"{out} holds a plain dense model.")
+    size = sum(file.stat().st_size for file in weight_files(out))
+    if args.json:
+        emit({"model": str(out), "bytes": size})
+    else:
+        print(f"{out} holds a plain dense model, {numbers.size(size)}; anything that loads the original loads it.")
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,8 +9,9 @@ from corank.api import check_target
 from corank.assess import assess, write_documents
 from corank.commands.arguments import read_texts
 from corank.commands.output import console, emit
-from corank.heal.healing import heal as heal_model
 from corank.heal.training import Schedule
+from corank.healing import heal as heal_model
+from corank.healing import told
 from corank.report import Report, numbers
 from corank.report.progress import Bar
 from corank.report.table import print_report
@@ -48,10 +48,7 @@ def heal(args: Namespace) -> int:
     report = None
     source = Path(args.model) / "report.json"
     if source.is_file():
-        report = Report.load(source)
-        record = {k: v for k, v in healed.to_json().items() if k != "history"}
-        healing = [*report.extra.get("healing", []), record]
-        report = dataclasses.replace(report, evaluation={}, extra={**report.extra, "healing": healing})
+        report = told(Report.load(source), healed)
         if texts:
             measuring = Watch("heal", 1, args.quiet)
             try:

@@ -182,6 +182,26 @@ def copy_companions(source: Path, target: Path) -> None:
         shutil.copyfile(file, target / file.name)
 
 
+class ElsewhereSink:
+    """For a process whose blocks another one writes: their memory is freed.
+
+    Args:
+        source: the model being streamed.
+    """
+
+    def __init__(self, source: StreamedModel):
+        self.source = source
+
+    def done(self, layer: int) -> list[dict[str, Any]] | None:
+        """It is not known here."""
+        return None
+
+    def put(self, layer: int, block: nn.Module, replacements: list[Replacement], rows: list[dict[str, Any]]) -> None:
+        """Free the block."""
+        if self.source.outline.path(layer):
+            block.to("meta")
+
+
 class MemorySink:
     """For a model that stays in memory: the blocks are in place already; their specs are collected."""
 

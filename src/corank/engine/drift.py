@@ -6,12 +6,11 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from corank.engine.forms import new_statistics, take_in
 from corank.engine.job import Job
-from corank.engine.routed import ENOUGH, PRIOR, Sampler, is_inner, mixture_of
+from corank.engine.routed import ENOUGH, PRIOR, Needs, Sampler, inner_rows, is_inner, mixture_of
 from corank.engine.store import Table
 from corank.engine.stream import Stream
 from corank.factors import ExpertList, patches
@@ -48,8 +47,8 @@ def observe_drift(
         (statistics of the drifted inputs, joint statistics under the name "cross" or nothing), by group.
     """
     recipe, plan = job.recipe, job.source.outline
-    names = (job.of_inputs if recipe.target != "dense" else set()) | ({"gram"} if recipe.refit else set())
-    anchored = recipe.target == "anchored" and dense is not None
+    names = (job.of_inputs if recipe.drifted else set()) | ({"gram"} if recipe.refits else set())
+    anchored = recipe.anchored and dense is not None
     seen: Table = {}
     cross: Table = {}
     samplers: dict[str, Sampler] = {}
@@ -60,8 +59,10 @@ def observe_drift(
                 cross[owner] = {"cross": CrossGram(site.shape[1])}
         if is_inner(site):
             path = mixture_of(plan.local(site))[0]
-            samplers.setdefault(path, Sampler(ENOUGH * site.shape[1], len(drifted)))
+            samplers.setdefault(path, Sampler(ENOUGH * site.shape[1], drifted.total))
     paths = [*map(plan.local, leaders.values()), *samplers]
+    needs = Needs(drifted.numbers, drifted.total)
+    rows: dict[str, list[tuple[Tensor | None, Tensor]]] = {path: [] for path in samplers}
     for i in range(len(drifted)):
         before = _inputs(dense, original, layer, i, paths) if anchored and dense is not None else {}
         with _routed_alike(block, original if anchored else None):
@@ -71,15 +72,18 @@ def observe_drift(
             if local in after:
                 _add(seen, cross, group, site, block.get_submodule(local), before.get(local), after[local])
             if is_inner(site):
-                path, number = mixture_of(local)
-                due = ENOUGH * site.shape[1] * (i + 1) / len(drifted)
-                if path in after and any(
-                    s.count < due for s in [*seen[group].values(), *cross.get(group, {}).values()]
-                ):
-                    x = _sampled(samplers[path], original, path, number, before.get(path))
-                    z = _sampled(samplers[path], block, path, number, after[path])
-                    assert z is not None
-                    _add(seen, cross, group + PRIOR, site, block, None if x is None else (x, None), (z, None))
+                needs.note(group, [*seen[group].values(), *cross.get(group, {}).values()])
+        for path, sampler in samplers.items():
+            both = [None if path not in inputs else _sampled(sampler, inputs[path]) for inputs in (before, after)]
+            assert both[1] is not None
+            rows[path].append((both[0], both[1]))
+    inner = {group: site for group, site in leaders.items() if is_inner(site)}
+    wanted = needs.batches(inner, job.world) if inner else {}
+    for group, site in inner.items():  # the same tokens in both models
+        path, number = mixture_of(plan.local(site))
+        for x, z in (rows[path][i] for i in wanted[group]):
+            dense_inner = None if x is None else (inner_rows(original, path, number, x), None)
+            _add(seen, cross, group + PRIOR, site, block, dense_inner, (inner_rows(block, path, number, z), None))
     return seen, cross
 
 
@@ -112,18 +116,10 @@ def _add(
         joint.update(x, z, mask)
 
 
-def _sampled(
-    sampler: Sampler, block: nn.Module, path: str, number: int, given: tuple[Tensor, Tensor | None] | None
-) -> Tensor | None:
-    """What an expert makes of a sample of its layer's tokens: the same tokens in both models."""
-    if given is None:
-        return None
-    mixture = block.get_submodule(path)
-    assert isinstance(mixture, ExpertList)
+def _sampled(sampler: Sampler, given: tuple[Tensor, Tensor | None]) -> Tensor:
     sampler(*given)
-    with torch.no_grad():
-        assert sampler.latest is not None
-        return mixture.inner(number, sampler.latest)
+    assert sampler.latest is not None
+    return sampler.latest
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ recomputing each. Twice the forward cost of ordinary back-propagation's, and nev
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,8 +17,13 @@ from torch import Tensor, nn
 
 from corank.engine.store import Table
 from corank.engine.stream import Stream
+from corank.engine.world import ALONE, World
 from corank.model import Calibration, ResidentModel, Site
-from corank.statistics import STATISTICS, FisherDiagonal, Statistic
+from corank.statistics import STATISTICS, Statistic
+
+
+class NoGradients(Exception):
+    """There are none: the message says why."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,22 @@ def next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor | None, causal: bo
     return (nll * weight).sum()
 
 
+def most_probable(logits: Tensor, labels: str) -> Tensor:
+    """The logits that a prediction is made from: [batch, tokens, V] -> [batch, tokens, k] for labels "top<k>", else all.
+
+    A label drawn among them gives the gradient g = J^T (p - e_c), J of these k logits, and E[g g^T] = J^T (diag p - p p^T) J:
+    the curvature of the KL divergence between predictions that are confined to the k tokens the model prefers.
+    """
+    if not labels.startswith("top"):
+        return logits
+    return logits.topk(min(int(labels[3:]), logits.shape[-1]), dim=-1).values
+
+
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     """A token from the model's own distribution at every position: [batch, tokens, V] -> [batch, tokens]."""
     p = torch.softmax(logits.float(), dim=-1)
-    return torch.multinomial(p.flatten(0, 1), 1, generator=generator).view(p.shape[:-1])
+    drawn = torch.multinomial(p.flatten(0, 1).to(generator.device), 1, generator=generator)
+    return drawn.view(p.shape[:-1]).to(logits.device)
 
 
 def sweep(
@@ -77,7 +94,8 @@ def sweep(
     *,
     labels: str = "data",
     seed: int = 0,
-    look: Callable[[int], Looks] | None = None,
+    look: Callable[[int, Stream], Looks] | None = None,
+    world: World = ALONE,
 ) -> None:
     """Gradient statistics of every site, block by block from the last to the first.
 
@@ -92,17 +110,20 @@ def sweep(
         names: statistics that need gradients.
         report: called with (layer, stage) as the sweep proceeds.
         keep: takes (layer, part, site name -> name of the statistic -> statistic).
-        labels: "data", the text itself (the empirical Fisher), or "sampled", tokens drawn from the model's own
-            predictions (the true Fisher, whose quadratic form is the change of the predictions).
+        labels: "data", the text itself (the empirical Fisher), "sampled", tokens drawn from the model's own predictions
+            (the true Fisher, whose quadratic form is the change of the predictions), or "top5", the same with
+            predictions among the 5 most probable tokens alone.
         seed: of the drawn labels.
-        look: layer -> what measures that block's inputs on the way forward; its table is kept by group.
+        look: (layer, stream) -> what measures that block's inputs on the way forward; its table is kept by group.
+        world: the processes that share the sequences; each keeps the statistics of its own.
     """
     names, sites = list(names), list(sites)
     by_layer = {layer: [s for s in sites if s.layer == layer] for layer in {s.layer for s in sites}}
     layers, lowest = source.outline.layers, min(by_layer)
     causal = source.model.can_generate()
     generator = torch.Generator().manual_seed(seed)
-    stream = Stream(source, data, batch)
+    stream = Stream(source, data, batch, world)
+    before = stream.numbers.start * batch  # sequences that others draw for
     per_batch = max(layers * stream.hidden[0].numel() * stream.hidden[0].element_size(), 1)
     round_size = max(1, ACTIVATION_BYTES // per_batch)
     for start in range(0, len(stream), round_size):
@@ -113,7 +134,7 @@ def sweep(
         for layer in range(layers):
             report(layer, "forward")
             inputs.append(hidden)
-            looking = None if look is None else look(layer)
+            looking = None if look is None else look(layer, stream)
             with source.block(layer) as block, torch.no_grad():
                 if looking is None:
                     hidden = [stream.run(block, layer, i, h) for i, h in zip(chunk, hidden, strict=True)]
@@ -128,17 +149,24 @@ def sweep(
                 for row in range(len(h)):  # one sequence at a time: logits are by far the largest tensor
                     x, ids = h[row : row + 1].detach().requires_grad_(), stream.ids[i][row : row + 1].to(h.device)
                     real = None if mask is None else mask[row : row + 1]
-                    logits = source.logits(ids, real, x)
-                    if labels == "sampled":
+                    logits = most_probable(source.logits(ids, real, x), labels)
+                    if labels != "data":
+                        for _ in range(before):
+                            draw(torch.zeros_like(logits), generator)
+                        before = 0
                         drawn = draw(logits.detach(), generator)
                         ids = torch.cat([ids[:, :1], drawn[:, :-1]], 1) if causal else drawn
-                    parts.append(torch.autograd.grad(next_token_loss(logits, ids, real, causal), x)[0])
+                    with _expected():
+                        parts.append(torch.autograd.grad(next_token_loss(logits, ids, real, causal), x)[0])
                 gradients.append(torch.cat(parts))
         for layer in reversed(range(lowest, layers)):
             report(layer, "backward")
             here = by_layer.get(layer, [])
             table: Table = {
-                s.name: {n: STATISTICS[n](*(s.shape if n == "fisher" else s.shape[:1])) for n in names} for s in here
+                s.name: {
+                    n: STATISTICS[n](*(s.shape if "inputs" in STATISTICS[n].needs else s.shape[:1])) for n in names
+                }
+                for s in here
             }
             with source.block(layer) as block, _frozen(block):
                 prefix = f"{source.outline.blocks}.{layer}."
@@ -175,7 +203,8 @@ def _backward(
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             out = stream.run(block, layer, i, x)
-            out.backward(g)
+            with _expected():
+                out.backward(g)
     finally:
         for handle in handles:
             handle.remove()
@@ -185,12 +214,23 @@ def _backward(
         if gradient is None:
             continue
         for statistic in targets[path].values():
-            if isinstance(statistic, FisherDiagonal):
+            if "inputs" in statistic.needs:
                 statistic.update(inputs, gradient, mask)
             else:
                 statistic.update(gradient, mask)
     assert x.grad is not None
     return x.grad
+
+
+@contextlib.contextmanager
+def _expected() -> Iterator[None]:
+    """Say it plainly if an operation of the model, such as a quantized one, lets no gradient through."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" in str(error) or "have been used in the graph" in str(error):
+            raise NoGradients("this model lets no gradient through") from None
+        raise
 
 
 @contextlib.contextmanager

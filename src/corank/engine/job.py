@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from corank.engine.site import Replacement
+from corank.engine.world import ALONE, World
 from corank.model import Calibration, ResidentModel, Site
 from corank.recipe import Recipe
 from corank.statistics import STATISTICS
@@ -44,6 +45,8 @@ class Job:
         seed: of everything random.
         batch: sequences per forward pass.
         report: called with (layer, stage, relative error or None).
+        world: the processes that share the work.
+        heldout: windows on which an allocator that looks at the model judges it.
     """
 
     source: ResidentModel
@@ -60,6 +63,8 @@ class Job:
     report: Callable[[int, str, float | None], None] = lambda layer, stage, error: None
     stages: dict[str, float] = field(default_factory=dict)
     scratch: Path | None = None
+    world: World = ALONE
+    heldout: Calibration | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -82,7 +87,7 @@ class Job:
     @property
     def needs_curves(self) -> bool:
         """Whether ranks are chosen by what the sites would lose, which is measured beforehand then."""
-        return self.recipe.rule is None and self.recipe.allocate != "uniform"
+        return self.recipe.rule is None and (self.recipe.allocate != "uniform" or self.recipe.share == "auto")
 
     @property
     def keeps_spectra(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from corank.budget import Curve
 from corank.engine.forms import OF_INDICATORS, new_statistics, results_for, take_in
 from corank.engine.gradients import Part, sweep
 from corank.engine.job import Job
-from corank.engine.routed import ENOUGH, PRIOR, Pools, Sampler, add_prior, is_inner, mixture_of
+from corank.engine.routed import ENOUGH, PRIOR, Needs, Pools, Sampler, inner_rows, is_inner, mixture_of
 from corank.engine.site import cost, generator_for, read_site, site_geometry
 from corank.engine.spectra import truncation_of
 from corank.engine.store import Activations, StatisticsStore, Table
@@ -31,7 +31,7 @@ BLOCK = "block"
 
 def store_of(job: Job) -> StatisticsStore:
     """Where a job's statistics are kept."""
-    return StatisticsStore(job.cache or job.scratch or Path())
+    return StatisticsStore(job.cache or job.scratch or Path(), job.source.device)
 
 
 def leaders_of(sites: list[Site]) -> dict[str, Site]:
@@ -49,8 +49,9 @@ class Looking:
         table: the statistics.
     """
 
-    def __init__(self, job: Job, layer: int, names: set[str], batches: int):
+    def __init__(self, job: Job, layer: int, names: set[str], stream: Stream):
         leaders, plan = leaders_of(job.in_layer(layer)), job.source.outline
+        self.job = job
         self.layer = layer
         self.table: Table = {group: new_statistics(names, site) for group, site in leaders.items()}
         self._observers = {
@@ -60,7 +61,9 @@ class Looking:
         self._samplers: dict[str, Sampler] = {}
         for local, site in self._inner.items():
             self.table[site.group + PRIOR] = new_statistics(names, site)
-            self._samplers.setdefault(mixture_of(local)[0], Sampler(ENOUGH * site.shape[1], batches))
+            self._samplers.setdefault(mixture_of(local)[0], Sampler(ENOUGH * site.shape[1], stream.total))
+        self._needs = Needs(stream.numbers, stream.total)
+        self._rows: dict[str, list[torch.Tensor]] = {path: [] for path in self._samplers}
         self._around = layer == plan.layers
         if "angular" in names and not self._around:
             self.table[BLOCK] = {"angular": AngularDistance()}
@@ -82,22 +85,56 @@ class Looking:
         self._block = block
         observers: dict[str, Observer] = {**self._observers, **self._samplers}
         out = stream.observe(block, self.layer, i, observers, stop=self._around, hidden=hidden)
-        for local, site in self._inner.items():
-            rows = self._samplers[mixture_of(local)[0]].latest
-            if rows is not None:
-                add_prior(self.table, block, site, local, rows, due=(i + 1) / len(stream))
+        for path, sampler in self._samplers.items():
+            if sampler.latest is not None:
+                self._rows[path].append(sampler.latest)
+        for site in self._inner.values():
+            self._needs.note(site.group, self.table[site.group].values())
         if out is None:  # around the blocks nothing is wanted but what was seen
             return hidden
         if BLOCK in self.table:
             self.table[BLOCK]["angular"].update(hidden, out, stream.mask(i))
         return out
 
+    def finish(self) -> Table:
+        """The statistics, of the batches of all processes. Experts that saw too few tokens are shown some of their layer's."""
+        job = self.job
+        if self._inner:
+            wanted = self._needs.batches({site.group: site for site in self._inner.values()}, job.world)
+            for local, site in self._inner.items():
+                path, number = mixture_of(local)
+                for rows in (self._rows[path][i] for i in wanted[site.group]):
+                    if len(rows):
+                        x = inner_rows(self._block, path, number, rows)
+                        for statistic in self.table[site.group + PRIOR].values():
+                            statistic.update(x)
+        return summed(job, self.table)
+
 
 def measure_block(job: Job, block: nn.Module, layer: int, stream: Stream, names: set[str]) -> Table:
     """Statistics of one block's inputs; the stream moves on behind the block."""
-    looking = Looking(job, layer, names, len(stream))
+    looking = Looking(job, layer, names, stream)
     stream.set_hidden(layer, [looking.run(stream, block, i, h) for i, h in enumerate(stream.hidden)])
-    return looking.table
+    return looking.finish()
+
+
+def summed(job: Job, table: Table) -> Table:
+    """Statistics of the batches of all processes, in every one of them, from those of each one's own.
+
+    They are sums in float64, which are added up in another order than one process would: they agree to about 1e-15.
+    """
+    if job.world.size == 1:
+        return table
+    device = job.source.device
+    states = {
+        (owner, name): {key: value.to(device) for key, value in statistic.state().items()}
+        for owner, named in table.items()
+        for name, statistic in named.items()
+    }
+    job.world.add(value for state in states.values() for value in state.values())
+    for owner, name in list(states):
+        table[owner][name] = type(table[owner][name]).from_state(states.pop((owner, name)))
+    return table
 
 
 def measure_gradients(job: Job, store: StatisticsStore) -> None:
@@ -108,21 +145,30 @@ def measure_gradients(job: Job, store: StatisticsStore) -> None:
     names, of_inputs = job.of_gradients, job.of_inputs
     stage = gradients_of(job)
     layers = sorted({s.layer for s in job.sites})
-    if all(store.has(layer, stage, names) for layer in layers):
+    if job.world.from_first(lambda: all(store.has(layer, stage, names) for layer in layers)):
         return
     _require_tokens(job)
-    if job.recipe.target != "dense" or all(store.has(layer, "inputs", of_inputs) for layer in layers):
+    seen = job.world.from_first(lambda: all(store.has(layer, "inputs", of_inputs) for layer in layers))
+    if job.recipe.target != "dense" or seen:
         of_inputs = set()
-
-    batches = -(-len(data_of(job).ids) // job.batch)
+    # what has seen some of the sequences only is each process's own
+    parts = (
+        store
+        if job.world.first
+        else StatisticsStore((job.scratch or Path()) / f"rank-{job.world.rank}", job.source.device)
+    )
 
     def keep(layer: int, part: Part, table: Table) -> None:
         of = "inputs" if part.forward else stage
         if not part.first:
-            table = merged(table, store.load(layer, of + PART, of_inputs if part.forward else names))
-        store.save(layer, of if part.last else of + PART, table)
-        if part.last:
-            store.forget(layer, of + PART)
+            table = merged(table, parts.load(layer, of + PART, of_inputs if part.forward else names))
+        if not part.last:
+            parts.save(layer, of + PART, table)
+            return
+        table = summed(job, table)
+        if job.world.first:
+            store.save(layer, of, table)
+        parts.forget(layer, of + PART)
 
     with job.stage("gradients"):
         sweep(
@@ -135,8 +181,10 @@ def measure_gradients(job: Job, store: StatisticsStore) -> None:
             keep,
             labels=job.recipe.labels,
             seed=job.seed,
-            look=(lambda layer: Looking(job, layer, of_inputs, batches)) if of_inputs else None,
+            look=(lambda layer, stream: Looking(job, layer, of_inputs, stream)) if of_inputs else None,
+            world=job.world,
         )
+        job.world.wait()  # until all is written
 
 
 def _require_tokens(job: Job) -> None:
@@ -176,24 +224,28 @@ def measure_inputs(job: Job, store: StatisticsStore) -> None:
     names = job.of_inputs
     blocks = job.source.outline.layers
     wanted = {layer: names if layer < blocks else names - {"angular"} for layer in range(job.layers)}
-    todo = [layer for layer, these in wanted.items() if not store.has(layer, "inputs", these)]
-    todo = [layer for layer in todo if job.in_layer(layer) or "angular" in wanted[layer]]
+    asked = [layer for layer in wanted if job.in_layer(layer) or "angular" in wanted[layer]]
+    todo = job.world.from_first(lambda: [n for n in asked if not store.has(n, "inputs", wanted[n])])
     if not todo:
         return
     with job.stage("calibrate"):
-        stream = Stream(job.source, data_of(job), job.batch)
-        saved = Activations(job.work, "measure")
-        start = saved.load(todo[0])
+        stream = stream_of(job)
+        saved = Activations(job.work, "measure", job.world)
+        start = saved.load(todo[0], stream.numbers, stream.total)
         if start is not None:
-            stream.hidden = start[1][0]
+            stream.hidden = [h.to(job.source.device) for h in start[1][0]]
         for layer in range(start[0] if start else 0, max(todo) + 1):
             job.report(layer, "measure", None)
             with job.source.block(layer) as block:
                 if layer in todo:
-                    store.save(layer, "inputs", measure_block(job, block, layer, stream, wanted[layer]))
+                    table = measure_block(job, block, layer, stream, wanted[layer])
+                    if job.world.first:
+                        store.save(layer, "inputs", table)
                 else:
                     advance(stream, block, layer)
-            saved.save(layer + 1, [stream.hidden])
+            saved.save(layer + 1, [stream.hidden], stream.numbers)
+            saved.forget(layer + 1)
+        job.world.wait()  # until all is written
         saved.clear()
 
 
@@ -201,6 +253,11 @@ def advance(stream: Stream, block: nn.Module, layer: int) -> None:
     """Move a stream behind a block."""
     with torch.no_grad():
         stream.set_hidden(layer, [stream.run(block, layer, i) for i in range(len(stream))])
+
+
+def stream_of(job: Job) -> Stream:
+    """The activations of this process's calibration batches."""
+    return Stream(job.source, data_of(job), job.batch, job.world)
 
 
 def data_of(job: Job) -> Calibration:
@@ -237,14 +294,14 @@ def results_of(
     return measured
 
 
-def curves_of(job: Job, store: StatisticsStore) -> dict[str, Curve]:
-    """Exact loss of every site at every rank, in the geometry of the dense model."""
-    curves = {}
+def curves_of(job: Job, store: StatisticsStore, skip: Collection[str] = ()) -> dict[str, Curve]:
+    """Exact loss of every site at every rank, in the geometry of the dense model; not of those whose names are in `skip`."""
+    curves: dict[str, Curve] = {}
     with job.stage("curves"):
-        for layer in range(job.layers):
-            sites = job.in_layer(layer)
-            if not sites:
-                continue
+        wanted = {layer: [s for s in job.in_layer(layer) if s.name not in skip] for layer in range(job.layers)}
+        layers = [layer for layer, sites in wanted.items() if sites]
+        for layer in layers[job.world.rank :: job.world.size]:
+            sites = wanted[layer]
             job.report(layer, "spectra", None)
             measured = results_of(job, store, layer, None)
             with job.source.block(layer) as block:
@@ -263,6 +320,8 @@ def curves_of(job: Job, store: StatisticsStore) -> dict[str, Curve]:
                     if job.recipe.currency == "relative":  # otherwise layers with large activations take everything
                         padded /= max(padded[0], np.finfo(np.float64).tiny)
                     curves[site.name] = curve_of(job.recipe, site, padded)
+        for others in job.world.gather(curves):
+            curves |= others
     return curves
 
 

@@ -8,6 +8,7 @@ the compressed model, and compresses the groups of a block in the order in which
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 
 from corank.budget import ALLOCATORS, Curve, Plan
+from corank.budget.grouping import with_groups
 from corank.engine.forms import check, kind_of
+from corank.engine.gradients import NoGradients
 from corank.engine.job import Job
 from corank.engine.measure import (
     curve_of,
@@ -27,12 +30,14 @@ from corank.engine.measure import (
     store_of,
 )
 from corank.engine.place import factorize_all
+from corank.engine.sharing import grouped, joint_curves, never_alone
 from corank.engine.site import cost, read_site
 from corank.engine.store import StatisticsStore
 from corank.errors import CorankError
 from corank.factorize import Measured
 from corank.jsonfile import write_json
 from corank.model import Site
+from corank.probing.look import look
 from corank.recipe import RankChoice
 
 
@@ -61,30 +66,44 @@ def prepare(job: Job) -> Preparation:
     Raises:
         CorankError: the budget cannot be met; weights or activations are not finite (the layer is named).
     """
-    recipe, store = job.recipe, store_of(job)
+    store = store_of(job)
     for site in job.sites:
-        check(recipe, site, job.source.outline.whole)
-    if job.of_gradients and job.data is not None and job.data.examples:
-        raise CorankError(
-            "This method measures gradients of the loss on text; give text as calibration data, or choose another method."
-        )
+        check(job.recipe, site, job.source.outline.whole)
+    if job.of_gradients:
+        _measure_gradients(job, store)
+    recipe = job.recipe
     needs_curves = job.needs_curves
     # the sweep for gradients sees the inputs on its way forward
     measure_first = needs_curves or "angular" in recipe.statistics or job.cache is not None or bool(job.of_gradients)
+    measure_first = measure_first or recipe.share != "none"
     curves: dict[str, Curve] = {}
     distances = None
-    if job.of_gradients:
-        measure_gradients(job, store)
     measure_first = measure_first and (recipe.target == "dense" or needs_curves or "angular" in recipe.statistics)
     if measure_first and job.of_inputs:
         measure_inputs(job, store)
     if needs_curves:
-        curves = curves_of(job, store)
+        curves = curves_of(job, store, skip=never_alone(recipe, job.sites))
+    joint = joint_curves(job, store)
     if "angular" in recipe.statistics:
         distances = [distance(store, layer) for layer in range(job.source.outline.layers)]
     with job.stage("allocate"):
-        plan = allocate(job, store, curves, distances)
+        plan = job.world.from_first(lambda: allocate(job, store, curves, distances, joint))
     return Preparation(plan, distances, curves, measure_first)
+
+
+def _measure_gradients(job: Job, store: StatisticsStore) -> None:
+    """Gradient statistics; where there can be none, the recipe falls back to what it does without, if it says so."""
+    try:
+        if job.data is not None and job.data.examples:
+            raise NoGradients("gradients are taken of the loss on text, and the calibration data are none")
+        measure_gradients(job, store)
+    except NoGradients as error:
+        if job.recipe.fallback is None or "gradient-mean" in job.recipe.fallback.statistics:  # allocate=zs-svd
+            raise CorankError(
+                f"This method measures gradients, but {error}; choose a method that needs none, such as svd-llm."
+            ) from None
+        warnings.warn(f"No output metric: {error}. Going on with inputs alone, which loses more.", stacklevel=2)
+        job.recipe = job.recipe.fallback
 
 
 def run(job: Job) -> Result:
@@ -94,16 +113,23 @@ def run(job: Job) -> Result:
         CorankError: as in `prepare`.
     """
     prepared = prepare(job)
-    if job.work:
+    if job.work and job.world.first:
         write_json(job.work / "plan.json", prepared.plan.to_dict())
     rows = factorize_all(job, store_of(job), prepared.plan, measured=prepared.measured)
     return Result(prepared.plan, rows, prepared.distances)
 
 
-def allocate(job: Job, store: StatisticsStore, curves: dict[str, Curve], distances: list[float] | None) -> Plan:
+def allocate(
+    job: Job,
+    store: StatisticsStore,
+    curves: dict[str, Curve],
+    distances: list[float] | None,
+    joint: list[list[Curve]],
+) -> Plan:
     """Choose the rank of every site, by the recipe's own rule or by an allocator. The one place where it is done."""
     recipe = job.recipe
     dense = sum(s.numel for s in job.sites)
+    chosen: list[Curve] = []
     if recipe.rule is not None:
         case = RankChoice(job.sites, distances or [], job.limit, lambda s, r: cost(recipe, s, r), _loader(job, store))
         ranks: dict[str, int | None] = dict(recipe.rule(case))
@@ -116,9 +142,12 @@ def allocate(job: Job, store: StatisticsStore, curves: dict[str, Curve], distanc
         every = [curves.get(s.name) or curve_of(recipe, s) for s in job.sites]
         if distances:  # what a layer changes is its importance (ShortGPT's block influence)
             every = [replace(c, importance=_influence(distances, c.layer)) for c in every]
-        ranks = ALLOCATORS[name](every, limit, floor=recipe.floor, multiple_of=recipe.multiple_of)
+        looked = look(job, store, every, limit)
+        given = {"floor": recipe.floor, "multiple_of": recipe.multiple_of, **looked.options}
+        chosen, ranks = grouped(recipe, looked.curves, joint, limit, lambda c: ALLOCATORS[name](c, limit, **given))
     every = [curves.get(s.name) or curve_of(recipe, s) for s in job.sites]
-    full = {s.name: ranks.get(s.name) for s in job.sites}
+    every = with_groups(every, [c for c in chosen if c.members])
+    full = {c.site: ranks.get(c.site) for c in every}
     kinds = {s.name: kind_of(recipe, s) for s in job.sites}
     return Plan.from_ranks(every, full, kind=kinds, allocator=name, limit=limit)
 

@@ -8,12 +8,14 @@ to. (The inner channels of different experts have nothing to do with each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from corank.engine.store import Table
+from corank.engine.world import World
 from corank.factors import ExpertList
 from corank.model import Site
 from corank.statistics import Statistic
@@ -53,29 +55,49 @@ class Sampler:
         """Take rows of x [..., d], where `mask` [...] is True."""
         rows = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
         step = max(len(rows) // self.per_batch, 1)
-        self.latest = rows[::step][: self.per_batch]
+        self.latest = rows[::step][: self.per_batch].clone()  # the whole need not stay alive
 
 
-def add_prior(table: Table, block: nn.Module, site: Site, local: str, rows: Tensor, due: float) -> None:
-    """Show an expert a sample of its layer's tokens, unless it sees enough of its own.
+class Needs:
+    """Which experts are to be shown a sample of which batches: those that are behind on tokens of their own then.
+
+    It is decided when all batches are through, because other processes may have had the ones before.
 
     Args:
-        table: with the site's own statistics, and its prior ones beside them.
-        block: the block.
-        site: an inner matrix of an expert.
-        local: its path inside the block.
-        rows: [rows, d], inputs of the layer.
-        due: share of the data that has been seen.
+        numbers: the batches of this process.
+        total: batches of all processes.
     """
-    own = table[site.group].values()
-    if len(rows) and any(s.count < ENOUGH * site.shape[1] * due for s in own):
-        path, number = mixture_of(local)
-        mixture = block.get_submodule(path)
-        assert isinstance(mixture, ExpertList)
-        with torch.no_grad():
-            x = mixture.inner(number, rows)
-        for statistic in table[site.group + PRIOR].values():
-            statistic.update(x)
+
+    def __init__(self, numbers: range, total: int):
+        self.numbers, self.total = numbers, total
+        self._seen: dict[str, list[float]] = {}
+
+    def note(self, group: str, statistics: Iterable[Statistic]) -> None:
+        """Note what an expert has seen up to and with the current batch; its own statistics tell."""
+        self._seen.setdefault(group, []).append(min((s.count for s in statistics), default=math.inf))
+
+    def batches(self, sites: Mapping[str, Site], world: World) -> dict[str, list[int]]:
+        """Group -> batches of this process, counted from 0, of which its expert needs a sample.
+
+        Args:
+            sites: by group, inner matrices of experts.
+            world: the processes; all have to ask.
+        """
+        ends = world.gather({group: seen[-1] for group, seen in self._seen.items()})
+        found = {}
+        for group, site in sites.items():
+            before = sum(end[group] for end in ends[: world.rank])
+            due = [ENOUGH * site.shape[1] * (number + 1) / self.total for number in self.numbers]
+            found[group] = [i for i, seen in enumerate(self._seen[group]) if before + seen < due[i]]
+        return found
+
+
+def inner_rows(block: nn.Module, path: str, number: int, rows: Tensor) -> Tensor:
+    """What an expert of the mixture at `path` makes of rows [rows, d] of its layer's input."""
+    mixture = block.get_submodule(path)
+    assert isinstance(mixture, ExpertList)
+    with torch.no_grad():
+        return mixture.inner(number, rows)
 
 
 def filled(own: Statistic, prior: Statistic, enough: int) -> Statistic:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corank.budget import Choice
 from corank.engine.forms import kind_of
+from corank.engine.target import Aim, aim_of
 from corank.errors import CorankError
-from corank.factorize import Factored, Geometry, Measured, Metric, Spectral
-from corank.factors import KINDS, FactorizedLinear, Factors, LowRank, layer_for, packed, weight_of
-from corank.linalg import Truncation, refit_output, retarget
+from corank.factorize import Factored, Geometry, Measured, Spectral
+from corank.factors import KINDS, FactorizedLinear, Factors, layer_for, packed, weight_of
+from corank.linalg import Truncation, alternate, refit_output
 from corank.model import Site
 from corank.recipe import Recipe
 from corank.statistics import Cross, Gram
@@ -35,8 +37,19 @@ class Replacement:
 
 def cost(recipe: Recipe, site: Site, rank: int) -> int:
     """Stored values of a site at a rank, as the recipe stores it. An affine recipe brings a bias where there is none."""
-    extra = site.shape[0] if recipe.affine and not site.bias else 0
-    return KINDS[kind_of(recipe, site)][0].count(*site.shape, rank) + extra
+    return KINDS[kind_of(recipe, site)][0].count(*site.shape, rank) + bias_cost(recipe, site)
+
+
+def stored(recipe: Recipe, site: Site, choice: Choice) -> int:
+    """Values that a site of a plan stores, with a basis counted where it is stored."""
+    if choice.is_dense:
+        return site.numel
+    return KINDS[choice.kind][0].count(*site.shape, choice.rank) + bias_cost(recipe, site)
+
+
+def bias_cost(recipe: Recipe, site: Site) -> int:
+    """Values of the bias that a site is given."""
+    return site.shape[0] if recipe.affine and not site.bias else 0
 
 
 def generator_for(seed: int, site: Site) -> torch.Generator:
@@ -80,6 +93,7 @@ def factorize_site(
     drifted: Gram | None = None,
     cross: Cross | None = None,
     known: Truncation | None = None,
+    shared: Factored | None = None,
     old: nn.Module | None = None,
 ) -> Replacement:
     """Factorize one site at a given rank.
@@ -88,45 +102,66 @@ def factorize_site(
         W, bias: the dense layer, [m, n] and [m] or None.
         measured: statistics that define the geometry.
         drifted: second moment of the inputs the layer will really see; needed if the recipe refits.
-        cross: joint moments of both streams; needed if the target is anchored.
+        cross: joint moments of both streams; needed if the dense outputs are part of the target.
         known: the decomposition of W in this geometry, if it has been made already.
+        shared: what a group that shares a basis makes of it; W is not factorized on its own then, nor packed.
         seed: of the run.
         dtype: of the stored factors.
         old: the layer that is replaced, if it is not a linear one.
     """
-    geometry = site_geometry(recipe, measured)
-    target = W if W.dtype == torch.float64 else W.float()
-    mean_out = None
-    if cross is not None:  # anchored: T = W C H^+ reproduces the dense outputs from the drifted inputs
-        mean_out = W.double() @ cross.mean
-        target = retarget(W.double(), cross.C, cross.H).to(target.dtype)
-    if known is not None and isinstance(recipe.factorize, Spectral):
-        factored = recipe.factorize.cut(target, known, rank)
+
+    def share(target: Tensor, where: Geometry) -> float:
+        curve = recipe.factorize.curve(target, where, generator_for(seed, site))
+        return 1.0 - float(curve[rank]) / float(curve[0].clamp_min(torch.finfo(curve.dtype).tiny))
+
+    aim = aim_of(
+        recipe,
+        W if W.dtype == torch.float64 else W.float(),
+        site_geometry(recipe, measured),
+        drifted=drifted if recipe.refits else None,
+        cross=cross,
+        share=share,
+    )
+    if shared is not None:
+        factored = shared
+    elif known is not None and isinstance(recipe.factorize, Spectral):
+        factored = recipe.factorize.cut(aim.start, known, rank)
     else:
-        factored = recipe.factorize.factorize(target, geometry, rank, generator_for(seed, site))
+        factored = recipe.factorize.factorize(aim.start, aim.geometry, rank, generator_for(seed, site))
+    if recipe.refits and (drifted is not None or cross is not None):
+        factored = _refitted(recipe, aim, factored)
     factors: Factors = factored.factors
-    if recipe.refit and drifted is not None:
-        _, A = factors.pair()
-        factors = LowRank(refit_output(target.double() @ drifted.G, A.double(), drifted.G), A.double())
-        geometry = Geometry(Metric(drifted.G), mean=None)
-    if recipe.pack and factors.kind != kind_of(recipe, site):
+    if recipe.pack and shared is None and factors.kind != kind_of(recipe, site):
         factors = packed(factors)
     factors = factors.astype(dtype)
     W_new = factors.astype(torch.float64).dense()  # as stored, rounding included
     new_bias = bias
-    if geometry.mean is not None:
-        before = mean_out if mean_out is not None else W.double() @ geometry.mean
-        shift = before - W_new @ geometry.mean
+    if aim.mean_output is not None and aim.final.mean is not None:
+        shift = aim.mean_output - W_new @ aim.final.mean
         new_bias = (shift if bias is None else bias.double() + shift).to(dtype)
-    row = _row(recipe, site, factors, factored, geometry, target, W_new)
+    row = _row(recipe, site, factors, factored, aim.final, aim.goal, W_new)
+    if aim.mix is not None:
+        row["mix"] = aim.mix
     module: Any = factors.module(new_bias) if old is None else layer_for(old, factors, new_bias)
     return Replacement(site, module, factors, row)
+
+
+def _refitted(recipe: Recipe, aim: Aim, factored: Factored) -> Factored:
+    """The factors fitted to the goal, in the geometry of the inputs that the layer will really see."""
+    B, A = (factor.double() for factor in factored.factors.pair())
+    goal, H = aim.goal.double(), aim.final.right.G
+    assert H is not None
+    if recipe.alternations:
+        B, A = alternate(goal, A, H, aim.final.R, recipe.alternations)
+    if recipe.refit:
+        B = refit_output(goal @ H, A, H)
+    return Factored(dataclasses.replace(factored.factors, B=B, A=A), aim.final.loss(goal - B @ A), factored.curve)
 
 
 def _row(
     recipe: Recipe, site: Site, factors: Factors, factored: Factored, geometry: Geometry, target: Tensor, W_new: Tensor
 ) -> dict[str, Any]:
-    same = factored.curve is not None and not recipe.refit
+    same = factored.curve is not None and not recipe.refits
     total = float(factored.curve[0]) if same else geometry.loss(target)  # type: ignore[index]
     scale = math.sqrt(total) if total > 0 else 1.0
     curve: list[list[float]] = []
@@ -142,7 +177,7 @@ def _row(
         "kind": factors.kind,
         "rank": factors.rank,
         "max_rank": min(site.shape),
-        "params": cost(recipe, site, factors.rank),
+        "params": factors.numel + bias_cost(recipe, site),
         "params_dense": site.numel,
         "flops": flops(site, factors),
         "flops_dense": site.flops,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corank.engine.world import ALONE, World
 from corank.errors import CorankError
 from corank.factors import ExpertList
 from corank.model import Calibration, ResidentModel
@@ -23,17 +24,37 @@ class _Stop(Exception):
 
 
 class Stream:
-    """Hidden states of all calibration sequences, in batches, and what every block is called with.
+    """Hidden states of the calibration sequences, in batches, and what every block is called with.
 
     Args:
         source: the model.
         data: the calibration windows.
         batch: sequences per forward pass.
+        world: the processes that share the batches; each has a run of them, whole batches, so that every one is computed
+            as a single process would.
+
+    Attributes:
+        batches: those of this process.
+        numbers: which ones they are, among those of all processes.
+        total: batches of all processes.
+
+    Raises:
+        CorankError: there are more processes than batches.
     """
 
-    def __init__(self, source: ResidentModel, data: Calibration, batch: int):
+    def __init__(self, source: ResidentModel, data: Calibration, batch: int, world: World = ALONE):
         self.source = source
-        self.batches = data.batches(batch)
+        every = data.batches(batch)
+        if len(every) < world.size:
+            found = f"{len(every)} batch{'es' * (len(every) > 1)}"
+            enough = len(data.ids) >= world.size
+            smaller = f", or smaller batches (--batch {len(data.ids) // world.size})" if enough else ""
+            raise CorankError(
+                f"{found} of calibration data cannot be shared by {world.size} processes; start at most {len(every)}, or "
+                f"give more data{smaller}."
+            )
+        self.numbers, self.total = world.share(len(every)), len(every)
+        self.batches = every[self.numbers.start : self.numbers.stop]
         self.ids = [b["input_ids"] for b in self.batches if "input_ids" in b]
         complete = [source.complete(b) for b in self.batches]
         self.masks = [_mask(b, "attention_mask") for b in complete]

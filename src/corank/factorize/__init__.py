@@ -4,6 +4,7 @@ from corank.factorize.cur import CURDecomposition
 from corank.factorize.geometry import Factored, Factorizer, Geometry, Metric
 from corank.factorize.interpolative import ColumnID, RowID
 from corank.factorize.measured import Measured
+from corank.factorize.residual import TwoStage
 from corank.factorize.spectral import Spectral
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "Metric",
     "RowID",
     "Spectral",
+    "TwoStage",
 ]

@@ -19,9 +19,11 @@ class Metric:
 
     Attributes:
         G: [n, n] symmetric positive semidefinite, [n] for a diagonal one, or None for the identity. float64.
+        shrink: weight of the identity in G if G is the (shrunk) second moment of the inputs, None if it is anything else.
     """
 
     G: Tensor | None = None
+    shrink: float | None = None
 
     @cached_property
     def root(self) -> Tensor | None:

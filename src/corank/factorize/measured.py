@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from corank.factorize.geometry import Metric
-from corank.statistics import Fisher, Gram, Moments, OutputMetric
+from corank.statistics import Fisher, Gram, Moments, OutputMetric, WeightGradient
 
 
 class Measured:
@@ -46,6 +46,11 @@ class Measured:
         return self._results["fisher"]
 
     @property
+    def mean_gradient(self) -> WeightGradient:
+        """Mean gradient of the loss with respect to the weight of this site."""
+        return self._results["gradient-mean"]
+
+    @property
     def gradient(self) -> OutputMetric:
         """Second moment of the gradients at the output of this site."""
         return self._results["gradient"]
@@ -55,7 +60,7 @@ class Measured:
 
         def compute() -> Metric:
             gram = self.gram.centred() if self._affine else self.gram
-            return Metric((gram.shrink(shrink) if shrink else gram).G)
+            return Metric((gram.shrink(shrink) if shrink else gram).G, shrink)
 
         return self._shared(("gram", shrink), compute)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from corank.heal.healing import HOW, Healed, heal
+from corank.heal.healing import HOW, Healed, train
 from corank.heal.lora import load_lora, lora_config, merge_lora
 from corank.heal.training import Schedule
 
-__all__ = ["HOW", "Healed", "Schedule", "heal", "load_lora", "lora_config", "merge_lora"]
+__all__ = ["HOW", "Healed", "Schedule", "load_lora", "lora_config", "merge_lora", "train"]

@@ -18,7 +18,7 @@ from corank.linalg.cur import (
 )
 from corank.linalg.packing import Packed, pack, unpack
 from corank.linalg.randomized import range_finder, sketch
-from corank.linalg.retarget import refit_input, refit_output, retarget
+from corank.linalg.retarget import alternate, refit_input, refit_output, retarget
 from corank.linalg.roots import apply_root, psd_root, psd_sqrt
 from corank.linalg.selection import SELECTORS, select
 from corank.linalg.truncation import Truncation, truncate
@@ -27,6 +27,7 @@ __all__ = [
     "SELECTORS",
     "Packed",
     "Truncation",
+    "alternate",
     "apply_root",
     "column_curve",
     "column_id",

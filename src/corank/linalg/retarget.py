@@ -1,4 +1,4 @@
-"""Moving the target of a truncation: anchored inputs before it, least-squares refits of one factor after it.
+"""Moving the target of a truncation: anchored inputs before it, least-squares refits of the factors after it.
 
 Notation: x is the input of the dense layer, x^ the input the compressed model will really see, H = E[x^
 x^^T], C = E[x x^^T], T the desired output. Only second moments are needed, never the activations.
@@ -114,3 +114,42 @@ def refit_input(B: Tensor, T_cross: Tensor, H: Tensor, W: Tensor, ridge: float =
     B64, H64, W64 = B.double(), H.double(), W.double()
     full = W64 + _solve_right(T_cross.double() - apply_metric(W64, H64), H64, _ridge(H64, ridge))
     return (torch.linalg.pinv(B64) @ full).to(work_dtype(B))
+
+
+def alternate(target: Tensor, A: Tensor, H: Tensor, R: Tensor | None = None, steps: int = 1) -> tuple[Tensor, Tensor]:
+    """Fit both factors in turn, each exactly for the other: B = W~ H A^T (A H A^T)^+, then A = (B^T R B)^+ B^T R W~.
+
+    Either one minimises || R^{1/2} (W~ - B A) H^{1/2} ||_F^2 over its factor, so that no step makes it larger; at the
+    truncation of W~ under R and H nothing is left to gain. For a desired output T this is E|| R^{1/2} (t - B A x^) ||^2
+    up to a constant if W~ H = E[t x^^T], which is what `retarget` solves (under H + rho I: pass that as H).
+
+    Args:
+        target: W~ [m, n].
+        A: [k, n], the input factor to start from; the output factor comes first.
+        H: E[x^ x^^T] [n, n] or [n].
+        R: metric of the outputs, [m, m] positive semi-definite or [m]; None: the identity.
+        steps: times that both are updated, >= 1.
+
+    Returns:
+        B [m, k] and A [k, n], dtype of A.
+
+    Raises:
+        CorankError: shapes that do not fit, NaN or infinity, steps < 1.
+
+    Source: adaComp of AdaSVD (arXiv:2502.01403) and the reconstruction of MPIFA (arXiv:2501.19090), from second moments
+    alone; the pull of MPIFA towards W lies in W~ here, so that one objective is behind both updates.
+    """
+    if steps < 1:
+        raise CorankError(f"steps must be at least 1, got {steps}.")
+    matrix("target", target)
+    metric("H", H, target.shape[1])
+    goal, inner, H64 = target.double(), A.double(), H.double()
+    R64 = None if R is None else metric("R", R, target.shape[0]).double()
+    cross = apply_metric(goal, H64)
+    outer = goal
+    for _ in range(steps):
+        outer = refit_output(cross, inner, H64)
+        weighted = outer if R64 is None else apply_metric(outer.T, R64).T  # R B
+        moment = weighted.T @ outer
+        inner = solve_psd((moment + moment.T) / 2, weighted.T @ goal)
+    return outer.to(work_dtype(A)), inner.to(work_dtype(A))

@@ -4,7 +4,7 @@ from corank.model.outline import Outline, outline
 from corank.model.resident import ResidentModel
 from corank.model.site import Site, select_sites, sites_with_roles
 from corank.model.streaming import StreamedModel
-from corank.model.text import Calibration, Examples, Text, calibration, read_text
+from corank.model.text import Calibration, Examples, Source, Text, calibration, read_text
 from corank.model.zoo import ALIASES, resolve
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Outline",
     "ResidentModel",
     "Site",
+    "Source",
     "StreamedModel",
     "Text",
     "calibration",

@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,41 @@ BUILTIN = ("builtin", "builtin-test", "builtin-code")
 
 @dataclass(frozen=True)
 class Text:
-    """A text and where it came from. `sha256` identifies it in reports."""
+    """A text and where it came from. `sha256` identifies it in reports.
+
+    Attributes:
+        text: all of it.
+        source: what it was read from.
+        parts: of a mixture the texts that calibration draws from in equal shares; otherwise empty.
+    """
 
     text: str
     source: str
+    parts: tuple[Text, ...] = ()
 
     @property
     def sha256(self) -> str:
-        """Hash of the UTF-8 text."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        """Hash of the UTF-8 text; of a mixture, of the hashes of its parts."""
+        content = "".join(p.sha256 for p in self.parts) or self.text
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @classmethod
+    def mixture(cls, texts: Iterable[Text]) -> Text:
+        """Several texts to be drawn from in equal shares; of one text, that text.
+
+        Raises:
+            CorankError: there is none.
+        """
+        parts = tuple(texts)
+        if not parts:
+            raise CorankError("The list of texts is empty; give at least one.")
+        if len(parts) == 1:
+            return parts[0]
+        return cls("\n\n".join(p.text for p in parts), " + ".join(p.source for p in parts), parts)
+
+
+Source = str | Path | Text
+"""Where text comes from, see `read_text`."""
 
 
 @dataclass(frozen=True)
@@ -116,16 +142,20 @@ class Examples:
         return Calibration(torch.zeros(0, 0, dtype=torch.long), None, source, self.items)
 
 
-def read_text(source: str | Path) -> Text:
-    """Read a text.
+def read_text(source: Source | Sequence[Source]) -> Text:
+    """Read a text, or several to be mixed in equal shares.
 
     Args:
         source: one of `BUILTIN`; a file ``.txt``, ``.jsonl`` (its field ``text``), either with ``.gz``; or
-            ``datasets:NAME[:CONFIG[:SPLIT]]`` through the `datasets` library.
+            ``datasets:NAME[:CONFIG[:SPLIT]]`` through the `datasets` library; a `Text`, which is given back; or a list.
 
     Raises:
         CorankError: no such file, no text in it, or the optional extra is missing.
     """
+    if isinstance(source, Text):
+        return source
+    if not isinstance(source, str | Path):
+        return Text.mixture(map(read_text, source))
     name = str(source)
     if name in BUILTIN:
         return Text(_code() if name == "builtin-code" else _topics(test=name == "builtin-test"), name)
@@ -153,7 +183,7 @@ def calibration(
 ) -> Calibration:
     """Cut a text into windows of tokens and draw `samples` of them without replacement.
 
-    Windows do not overlap; which ones are drawn depends only on `seed`.
+    Windows do not overlap; which ones are drawn depends only on `seed`. Of a mixture, each text gives an equal share.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -167,16 +197,10 @@ def calibration(
     """
     if samples < 1 or length < 2:
         raise CorankError("Calibration needs at least 1 sample of at least 2 tokens.")
-    ids = torch.tensor(tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
-    payload = length - int(bos)
-    windows = len(ids) // payload
-    if windows < samples:
-        raise CorankError(
-            f"The calibration text {text.source!r} has {len(ids)} tokens, {windows} windows of {payload}, but {samples} "
-            f"are asked for; give a longer text or fewer samples (--samples {max(windows, 1)})."
-        )
-    chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
-    table = ids[: windows * payload].view(windows, payload)[chosen]
+    parts = text.parts or (text,)
+    shares = [samples // len(parts) + (i < samples % len(parts)) for i in range(len(parts))]
+    drawn = [_draw(tokenizer, p, n, length - int(bos), seed) for p, n in zip(parts, shares, strict=True) if n]
+    table = torch.cat(drawn)
     if bos:
         if tokenizer.bos_token_id is None:
             raise CorankError("The tokenizer has no BOS token to begin calibration windows with.")
@@ -190,6 +214,19 @@ def calibration(
         "bos": bos,
     }
     return Calibration(table, None, source)
+
+
+def _draw(tokenizer: Any, text: Text, samples: int, payload: int, seed: int) -> Tensor:
+    """[samples, payload] token ids: windows of one text, drawn without replacement."""
+    ids = torch.tensor(tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    windows = len(ids) // payload
+    if windows < samples:
+        raise CorankError(
+            f"The calibration text {text.source!r} has {len(ids)} tokens, {windows} windows of {payload}, but {samples} "
+            f"are asked for; give a longer text or fewer samples (--samples {max(windows, 1)})."
+        )
+    chosen = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))[:samples]
+    return ids[: windows * payload].view(windows, payload)[chosen]
 
 
 def _topics(test: bool) -> str:

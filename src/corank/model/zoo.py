@@ -60,18 +60,29 @@ def resolve(model: str | Path) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+    """A hub model: what is in the local hub cache, else what the hub gives.
+
+    Raises:
+        CorankError: it is in neither; says which command fetches it.
+    """
+    from huggingface_hub import constants, snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-    except Exception:
-        pass
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CorankError(f"Could not get {name!r}: not a directory here, and the hub answered: {reason}") from None
+    reason = "HF_HUB_OFFLINE forbids asking the hub"
+    for local in (True,) if constants.HF_HUB_OFFLINE else (True, False):
+        try:
+            found = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local))
+        except Exception as error:  # of many classes, all saying that it is not there
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = reason if local else f"the hub answered: {said}"
+            continue
+        if any(found.glob("*.safetensors")):  # where only its tokenizer has been used before, there are none
+            return found
+        reason = reason if local else "the hub has no safetensors files of it"
+    raise CorankError(
+        f"There is no directory {name}, the local hub cache does not hold the weights of a model of that name, and {reason}. "
+        f"Where there is a network, `hf download {name}` fetches it into the cache; none is needed after that."
+    )
 
 
 def _from_gguf(file: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def _limits(report: Report) -> str:
         )
     if not report.texts():
         limits.append("It has not been evaluated: measure it on your own task before you use it.")
-    source = report.data.get("source") if isinstance(report.data, Mapping) else None
+    source = report.data.get("text") or report.data.get("source")
     if source:
         limits.append(f"It was calibrated on {source}; text unlike it may suffer more.")
     if not report.speed:
@@ -168,9 +169,46 @@ def _limits(report: Report) -> str:
     return "".join(f"- {' '.join(limit.split())}\n" for limit in limits)
 
 
+def reproduction(report: Report) -> str | None:
+    """The command line that makes the same weights again, with the same versions on the same kind of device.
+
+    A local model or text is named by the last part of its path, as everywhere in the card; the text's hash is in
+    ``report.data``.
+
+    Returns:
+        One line; None where there is no such command, because the calibration data were not text.
+    """
+    data = report.data
+    text = data.get("text") or data.get("source")
+    if text == "examples":
+        return None
+    options: list[tuple[str, Any]] = [("method", report.method)]
+    options += [("set", f"{name}={_written(value)}") for name, value in report.parameters.items()]
+    options += [(name, report.budget.get(name)) for name in ("keep", "remove", "params", "bytes", "scope")]
+    options += [("data", part) for part in text.split(" + ")] if text else []
+    options += [(name, data.get(name)) for name in ("samples", "length")]
+    options += [("seed", report.seed), ("batch", data.get("batch")), ("dtype", report.versions.get("compute_dtype"))]
+    words = ["corank", "compress", _model_name(report), "--no-eval"]
+    words += [word for name, value in options if value is not None for word in (f"--{name}", _written(value))]
+    return shlex.join([*words, "--out", "again"])
+
+
+def _written(value: Any) -> str:
+    """A setting as it is typed."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _model_name(report: Report) -> str:
+    return (
+        report.model if _HUB_NAME.match(report.model) and not Path(report.model).exists() else Path(report.model).name
+    )
+
+
 def _again(report: Report) -> str:
     facts = {
-        "model": report.model if _HUB_NAME.match(report.model) else Path(report.model).name,
+        "model": _model_name(report),
         "method": report.method,
         "parameters": dict(report.parameters),
         "budget": dict(report.budget),
@@ -179,7 +217,35 @@ def _again(report: Report) -> str:
         "versions": dict(report.versions),
     }
     text = json.dumps(facts, ensure_ascii=False, indent=2, default=str)
-    return f"```json\n{text}\n```\n\nAll numbers, site by site, are in `report.json`.\n"
+    command = reproduction(report)
+    parts = [
+        f"```bash\n{command}\n```\n"
+        if command
+        else "The calibration data were batches of model inputs; `corank.compress` takes them as `data=`.\n",
+        "It makes the same weights with the versions, and from data with the hash, that are written here:\n"
+        if command
+        else "",
+        _healed(report),
+        f"```json\n{text}\n```\n",
+        "The plan, a kind and a rank for every site, is in `config.json` under `quantization_config`, with the SHA-256 of "
+        "the weight files (`corank verify` checks them). All numbers, site by site, are in `report.json`.\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _healed(report: Report) -> str:
+    """What was done to the weights after the command, where it was not part of the command."""
+    if report.parameters.get("heal", "none") != "none":
+        return ""
+    steps = [f"`{step.get('how')}` ({numbers.count(step.get('trained'))} parameters)" for step in _healing(report)]
+    if not steps:
+        return ""
+    return f"These are the weights before healing; `corank heal` then trained them: {', '.join(steps)}.\n"
+
+
+def _healing(report: Report) -> list[Mapping[str, Any]]:
+    found = report.extra.get("healing") or []
+    return [step for step in found if isinstance(step, Mapping)]
 
 
 def _changes(head: Sequence[str], changes: Sequence[summary.Change]) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from corank import checkpoint
 from corank.errors import CorankError, unknown
 from corank.evaluate.perplexity import context_length
+from corank.factors import ExpertList
 from corank.jsonfile import write_json
 from corank.model import resolve
 
@@ -183,7 +184,16 @@ class Logits(nn.Module):
 
 
 def program(model: Any) -> torch.export.ExportedProgram:
-    """The forward pass as a torch.export program with free batch and sequence axes (the latter up to the context)."""
+    """The forward pass as a torch.export program with free batch and sequence axes (the latter up to the context).
+
+    Raises:
+        CorankError: torch.export cannot trace it.
+    """
+    if any(isinstance(module, ExpertList) for module in model.modules()):
+        raise CorankError(
+            "The factorized experts of this model each run on the tokens that are routed to them, which one fixed graph "
+            "cannot hold; --format dense multiplies them out."
+        )
     wrapped = Logits(model).eval()
     context = context_length(model)
     batch = torch.export.Dim("batch", min=1)

@@ -11,6 +11,7 @@ from corank.statistics.cross import Cross, CrossGram
 from corank.statistics.fisher import Fisher, FisherDiagonal
 from corank.statistics.gradient import ClippedGradientGram, GradientGram, OutputMetric
 from corank.statistics.gram import Gram, InputGram
+from corank.statistics.mean_gradient import MeanGradient, WeightGradient
 from corank.statistics.moments import InputMoments, Moments
 from corank.statistics.statistic import Statistic
 from corank.statistics.tokens import NonFinite
@@ -22,6 +23,7 @@ STATISTICS: dict[str, type[Statistic]] = {
     "fisher": FisherDiagonal,
     "gradient": GradientGram,
     "clipped-gradient": ClippedGradientGram,
+    "gradient-mean": MeanGradient,
     "angular": AngularDistance,
 }
 
@@ -37,8 +39,10 @@ __all__ = [
     "GradientGram",
     "InputGram",
     "InputMoments",
+    "MeanGradient",
     "Moments",
     "NonFinite",
     "OutputMetric",
     "Statistic",
+    "WeightGradient",
 ]

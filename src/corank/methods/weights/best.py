@@ -6,20 +6,28 @@ with G = E[x x^T], R = E[g g^T], g = dLoss/dy, both lightly shrunk; cost(k) = k 
 
 Needs: one forward and one backward pass. Stores: pivoted pairs; layers that gain nothing stay dense. From KFAC-SVD the
 metric; one exact allocation of the whole budget over all layers, which the metric makes comparable (the objective is
-the second-order change of the loss); from PIFA the storage, whose cost the allocation knows.
+the second-order change of the loss); from PIFA the storage, whose cost the allocation knows. Where no gradients can be
+had it falls back, with a warning, to G alone and uniform ranks.
 """
 
 from __future__ import annotations
 
+from corank.errors import unknown
 from corank.factorize import Geometry, Measured, Spectral
 from corank.recipe import Recipe, register
 
+EFFORTS = {"fast": 0, "balanced": 1, "max": 4}
+"""Passes of distillation over the calibration text after the closed form."""
+
 
 @register("best", family="weights", cite="corank")
-def best(shrink_inputs: float = 0.005, shrink_outputs: float = 0.03, precision: str = "auto") -> Recipe:
+def best(
+    effort: str = "fast", shrink_inputs: float = 0.005, shrink_outputs: float = 0.03, precision: str = "auto"
+) -> Recipe:
     """The least predicted increase of the loss, over all layers at once.
 
     Args:
+        effort: "fast", the closed form alone; "balanced" and "max", followed by one or four passes of distillation.
         shrink_inputs: weight of the identity in G.
         shrink_outputs: weight of the identity in R.
         precision: "auto", "double" or "mixed".
@@ -28,6 +36,15 @@ def best(shrink_inputs: float = 0.005, shrink_outputs: float = 0.03, precision: 
     def geometry(measured: Measured) -> Geometry:
         return Geometry(measured.metric(shrink_inputs), R=measured.output_metric("gradient", shrink_outputs))
 
+    if effort not in EFFORTS:
+        raise unknown("effort", effort, EFFORTS)
+    heal = "kd" if EFFORTS[effort] else "none"
+    inputs_alone = Recipe(
+        statistics=("gram",),
+        geometry=lambda measured: Geometry(measured.metric()),
+        factorize=Spectral(precision),
+        pack=True,
+    )
     return Recipe(
         statistics=("gram", "gradient"),
         geometry=geometry,
@@ -35,4 +52,7 @@ def best(shrink_inputs: float = 0.005, shrink_outputs: float = 0.03, precision: 
         allocate="lagrange",
         currency="energy",
         pack=True,
+        heal=heal,
+        epochs=float(EFFORTS[effort] or 2),
+        fallback=inputs_alone,
     )
