@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from corank import checkpoint
 from corank.account import make_report, with_bytes
+from corank.engine.claim import cache_of, claim, clear, files_key, model_key
 from corank.engine.directory import DirectorySink, ElsewhereSink, MemorySink, copy_companions, small_files
 from corank.engine.job import Job
 from corank.engine.passes import Result, run
@@ -24,9 +24,7 @@ from corank.engine.store import torch_dtype_name
 from corank.engine.world import Interrupted, World, device_of, joined
 from corank.errors import CorankError
 from corank.evaluate import PeakMemory, Perplexity, perplexity
-from corank.jsonfile import read_json, write_json
 from corank.model import (
-    Calibration,
     ResidentModel,
     StreamedModel,
     Text,
@@ -35,7 +33,9 @@ from corank.model import (
 )
 from corank.model.streaming import NotStreamable
 from corank.order import Data, Order
+from corank.recipe import get
 from corank.report import Report
+from corank.report.card import write_card
 
 Progress = Callable[[int, str, float | None], None]
 """Called with (layer, stage, relative error or None)."""
@@ -277,12 +277,12 @@ def _in_memory(
     companions: Path | None = None,
 ) -> Report:
     source, sink = ResidentModel(model, example=order.example), MemorySink()
-    key = _model_key(model) if cache or world.size > 1 else ""
+    key = model_key(model) if cache or world.size > 1 else ""
     world.same("models", key)
     with tempfile.TemporaryDirectory() as own, PeakMemory() as memory:
         scratch = world.from_first(lambda: Path(own))
         job = order.job(source, tokenizer, sink, source.dtype, report=progress, scratch=scratch, world=world)
-        job.cache = _cache(cache, key, job.data) if cache else None
+        job.cache = cache_of(cache, key, job.data) if cache else None
         result = run(job)
         world.wait()  # before the directory that all use is gone
     report = _report(name, order, result, job, memory.peak_bytes)
@@ -292,7 +292,7 @@ def _in_memory(
         documents = {} if companions is None else {f.name: f.read_text() for f in small_files(companions)}
         checkpoint.save(model, tokenizer, directory, documents=documents)
         found = with_bytes(report, directory, source.outline, source.dtype)
-        found.save(directory / "report.json")
+        _document(found, directory)
         return found
 
     return report if target is None else world.from_first(lambda: save(target))
@@ -320,10 +320,10 @@ def _streamed(
     sink = written if world.first else ElsewhereSink(source)
     folders = {"work": work, "scratch": work / "statistics"}
     job = order.job(source, tokenizer, sink, source.stored_dtype, report=progress, world=world, **folders)
-    key = world.from_first(lambda: _files_key(source.path))
-    job.cache = _cache(cache, key, job.data)
-    claim = {**order.identity(), "batch": order.batch, "model": key, "dtype": torch_dtype_name(source.dtype)}
-    world.from_first(lambda: _claim(work, claim))
+    key = world.from_first(lambda: files_key(source.path))
+    job.cache = cache_of(cache, key, job.data)
+    identity = {**order.identity(), "batch": order.batch, "model": key, "dtype": torch_dtype_name(source.dtype)}
+    world.from_first(lambda: claim(work, identity))
     final = work / "checkpoint"
 
     def assemble() -> list[str]:
@@ -344,7 +344,7 @@ def _streamed(
             **_provenance(order, result, report),
         )
         report = with_bytes(report, final, source.outline, source.stored_dtype)
-        report.save(final / "report.json")
+        _document(report, final)
         checkpoint.publish(final, target)
         return report
 
@@ -366,59 +366,17 @@ def _streamed(
     except CorankError as error:  # the model or the data are at fault: the same run could not be continued
         world.fail(error)
         if world.first:
-            _clear(work)
+            clear(work)
         raise
     if world.first:
-        _clear(work)
+        clear(work)
     return report
 
 
-def _claim(work: Path, identity: Mapping[str, Any]) -> None:
-    """Take a work directory, or go on in it if it belongs to the same run."""
-    note = work / "run.json"
-    if note.is_file():
-        if read_json(note) != json.loads(json.dumps(identity)):
-            raise CorankError(
-                f"{work} is left from a different interrupted run; repeat that command to finish it, or delete it."
-            )
-        return
-    # a run killed while it wrote that note leaves the note's temporary file, and nothing else
-    if work.exists() and any(not file.name.startswith(f".{note.name}.") for file in work.iterdir()):
-        raise CorankError(f"{work} exists and is not an interrupted run; delete it or choose another output directory.")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CorankError(f"Cannot create {work}: {error.strerror}.") from None
-    write_json(note, identity)
-
-
-def _clear(work: Path) -> None:
-    """Delete a work directory. The note goes first: nobody goes on in one that is half gone."""
-    (work / "run.json").unlink(missing_ok=True)
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def _files_key(path: Path) -> str:
-    """Identity of a checkpoint directory: names, sizes and times of its files."""
-    digest = hashlib.sha256(str(path.resolve()).encode())
-    for file in sorted(path.iterdir()):
-        if file.suffix in (".safetensors", ".json"):
-            stamp = file.stat()
-            digest.update(f"{file.name}:{stamp.st_size}:{stamp.st_mtime_ns}".encode())
-    return digest.hexdigest()
-
-
-def _model_key(model: PreTrainedModel) -> str:
-    """Identity of a model in memory: its configuration and a sum over its weights."""
-    total = sum(float(p.detach().double().sum()) for p in model.parameters())
-    return hashlib.sha256(f"{model.config.to_json_string()}:{total!r}".encode()).hexdigest()
-
-
-def _cache(cache: str | Path | None, model_key: str, data: Calibration | None) -> Path | None:
-    if cache is None or data is None:
-        return None
-    key = hashlib.sha256(json.dumps([model_key, data.source], sort_keys=True).encode()).hexdigest()[:16]
-    return Path(cache).expanduser() / key
+def _document(report: Report, directory: Path) -> None:
+    """The report, and the model card made from it."""
+    report.save(directory / "report.json")
+    write_card(report, directory / "README.md", cite=get(report.method).cite)
 
 
 def _provenance(order: Order, result: Result, report: Report) -> dict[str, Any]:

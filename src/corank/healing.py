@@ -21,7 +21,9 @@ from corank.heal.training import Schedule
 from corank.jsonfile import read_json, write_json
 from corank.model import ResidentModel, Source, StreamedModel, Text, calibration, read_text, resolve
 from corank.order import Order
+from corank.recipe import get
 from corank.report import Report
+from corank.report.card import write_card
 
 
 def heal(
@@ -73,14 +75,14 @@ def heal(
     _same_shape(source, dense)
     sequences = calibration(words, text, samples, length, schedule.seed, bos=adds_bos(words))
     work = None if target is None else target.with_name(target.name + ".healing")
+    said = {"how": how, "what": what, "top": top, "schedule": dataclasses.asdict(schedule), "data": sequences.source}
     if work is not None:
-        said = {"how": how, "what": what, "top": top, "schedule": str(schedule)}
-        _claim(work, {**said, "text": sequences.source, "model": str(model)})
+        _claim(work, {**said, "model": str(model)})
     healed = train(source, dense, sequences, how, what=what, top=top, schedule=schedule, work=work, progress=progress)
     if target is not None:
         assert work is not None
         checkpoint.save(
-            student, words, target, provenance=_provenance(student, healed), documents=_documents(model, healed)
+            student, words, target, provenance=_provenance(student, healed, said), documents=_documents(model, healed)
         )
         shutil.rmtree(work, ignore_errors=True)
     return healed
@@ -135,6 +137,7 @@ def compress_and_heal(
     report = told(Report.load(stage / "report.json"), healed)
     report = dataclasses.replace(report, parameters={**report.parameters, "heal": order.recipe.heal})
     report.save(target / "report.json")
+    write_card(report, target / "README.md", cite=get(report.method).cite)
     shutil.rmtree(stage, ignore_errors=True)
     return report
 
@@ -185,9 +188,9 @@ def _claim(work: Path, claim: Mapping[str, Any]) -> None:
     write_json(file, dict(claim))
 
 
-def _provenance(student: PreTrainedModel, healed: Healed) -> dict[str, Any]:
+def _provenance(student: PreTrainedModel, healed: Healed, said: Mapping[str, Any]) -> dict[str, Any]:
     known = getattr(getattr(student.config, "quantization_config", None), "provenance", None) or {}
-    record = {k: v for k, v in healed.to_json().items() if k != "history"}
+    record = {**said, **{k: v for k, v in healed.to_json().items() if k != "history"}}
     return {**known, "healing": [*known.get("healing", []), record]}
 
 

@@ -125,3 +125,8 @@ def test_settings_are_written_as_they_are_typed():
     settings = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
     assert settings == ["a=true", "b=none", "c=x,y z", "d=1e-06", "e=3"]
     assert words[words.index("--bytes") + 1] == "7" and "--data" not in words
+
+
+def test_a_directory_written_from_python_has_its_card_too(tmp_path):
+    corank.compress(tiny.saved("llama-gqa", tmp_path / "dense"), "svd", keep=0.6, out=tmp_path / "small")
+    assert "corank compress" in (tmp_path / "small" / "README.md").read_text()
