@@ -133,7 +133,8 @@ def test_blocks_that_are_handed_something_else_run_as_a_whole():
     ("data", "match"),
     [
         ([], "list of calibration data is empty"),
-        (["some text"], "a list of dicts of tensors as the model takes them; found a str"),
+        (["some text"], "no text file some text"),
+        (["some text", {}], "a list of dicts of tensors as the model takes them; found a str"),
         ([{"pixel_values": "x"}], "found a dict"),
     ],
 )

@@ -95,7 +95,7 @@ def _measure_gradients(job: Job, store: StatisticsStore) -> None:
     """Gradient statistics; where there can be none, the recipe falls back to what it does without, if it says so."""
     try:
         if job.data is not None and job.data.examples:
-            raise NoGradients("gradients are taken of the loss on text, and the calibration data are none")
+            raise NoGradients("gradients of the loss on text cannot be had from calibration data that are none")
         measure_gradients(job, store)
     except NoGradients as error:
         if job.recipe.fallback is None or "gradient-mean" in job.recipe.fallback.statistics:  # allocate=zs-svd
