@@ -159,9 +159,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--epochs", type=float, default=2.0, help="passes over the text (default: %(default)s)")
     sub.add_argument("--minutes", type=float, help="end after so many minutes if that comes first")
-    sub.add_argument("--learning-rate", type=float, default=5e-5, help="at its peak (default: %(default)s)")
+    sub.add_argument("--learning-rate", type=float, default=1.5e-5, help="at its peak (default: %(default)s)")
     sub.add_argument("--no-eval", action="store_true", help="leave out the perplexities before and after")
-    _data(sub, batch=1, device=False)
+    _data(sub, batch=2, device=False)
     _windows(sub, 16)
 
     sub = command(

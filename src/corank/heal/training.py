@@ -38,8 +38,8 @@ class Schedule:
 
     epochs: float = 2.0
     minutes: float | None = None
-    learning_rate: float = 5e-5
-    batch: int = 1
+    learning_rate: float = 1.5e-5
+    batch: int = 2
     clip: float = 1.0
     checks: int = 2
     seed: int = 0
