@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -205,13 +206,10 @@ def test_swift_svd_with_all_of_the_uniform_share_is_uniform():
 @pytest.mark.parametrize("unit", [1e-200, 1.0, 1e200])
 def test_the_unit_of_importance_does_not_matter(unit):
     curves = layers("q", (60, 60))
-    weighed = [
-        Curve(c.site, c.shape, c.ranks, c.loss, c.cost, c.dense_cost, c.role, c.layer, unit * (1 + c.layer))
-        for c in curves
-    ]
+    weighed = [replace(c, importance=unit * (1 + c.layer)) for c in curves]
     ranks = swift_svd(weighed, 6000, alpha=1.0)
     assert ranks["q4"] > ranks["q2"] > ranks["q0"]
-    plain = [Curve(*[getattr(c, f) for f in Curve.__dataclass_fields__][:-1], 1.0 + c.layer) for c in curves]
+    plain = [replace(c, importance=1.0 + c.layer) for c in curves]
     assert ranks == swift_svd(plain, 6000, alpha=1.0)
 
 
