@@ -20,7 +20,8 @@ from tiny import saved, text, tiny, tokenizer
 METHODS = [m.name for m in recipe.methods()]
 SHAPES = {"square": (12, 12), "wide": (9, 17), "tall": (19, 10), "thin": (3, 14), "odd": (13, 7)}
 TEXT = Text(text(), "words")
-DATA = dict(data=TEXT, samples=6, length=16, batch=4)
+# few trials and steps: what they are for is tested in tests/probing
+DATA = dict(data=TEXT, samples=6, length=16, batch=4, trials=6, steps=12)
 
 
 def matrix(shape, seed=0):
