@@ -144,7 +144,35 @@ def speed_lines() -> str:
             f"{data['peak_bytes'] / 1e9:.2f} GB, of which {data['import_bytes'] / 1e9:.2f} GB is importing PyTorch and transformers; the rest is "
             f"{data['share_of_model']:.0%} of the model."
         )
+    if (results / "artefact.json").is_file():
+        lines += artefact_lines(json.loads((results / "artefact.json").read_text()))
     return "\n".join(lines)
+
+
+def artefact_lines(data: dict[str, Any]) -> list[str]:
+    """What a compressed model is like to use, from benchmarks/results/artefact.json."""
+    lines = []
+    if "memory" in data:
+        found = ", ".join(
+            f"{r['peak_bytes'] / 1e9:.2f} GB for {r['model_bytes'] / 1e9:.2f} GB" for r in data["memory"]["rows"]
+        )
+        lines.append(
+            f"- Peak memory of compressing random models of one, two and four times as many blocks (`{data['memory']['method']}`): {found}."
+        )
+    if "load" in data:
+        load, seconds = data["load"], {k: v["median"] for k, v in data["load"]["seconds"].items()}
+        lines.append(
+            f"- Loading a model at {load['keep']:.0%}, its digests checked, from the page cache: {seconds['small']:.2f} s where the dense one takes "
+            f"{seconds['dense']:.2f} s ({load['bytes']['small'] / 1e6:.0f} MB against {load['bytes']['dense'] / 1e6:.0f} MB)."
+        )
+    if "speed" in data:
+        row = data["speed"]["rows"][-1]
+        torch_, onnx = (row[f"{engine} small to dense"]["median"] for engine in ("torch", "onnxruntime"))
+        lines.append(
+            f"- Tokens/s of that model over the dense one, {row['batch']} × {row['length']} tokens, float32: {torch_:.2f} in PyTorch, "
+            f"{onnx:.2f} in ONNX Runtime (medians of paired repeats)."
+        )
+    return lines
 
 
 def fill(text: str, name: str, content: str) -> str:
