@@ -79,7 +79,7 @@ def test_what_has_no_components_is_explained():
     with pytest.raises(CorankError, match="labels=sampled makes the mean gradient pure noise"):
         corank.compress(tiny("llama-gqa"), "svd-llm", labels="sampled", **settings)
     examples = [{"input_ids": torch.randint(3, 60, (2, 16))}]
-    with pytest.raises(CorankError, match="measures gradients, but gradients are taken of the loss on text"):
+    with pytest.raises(CorankError, match="measures gradients, but gradients of the loss on text"):
         corank.compress(tiny("llama-gqa"), "best", keep=0.7, allocate="zs-svd", data=examples)
 
 
