@@ -27,7 +27,7 @@ import yaml
 
 from corank.budget import ALLOCATORS, MEASURED
 from corank.errors import CorankError, unknown
-from corank.factorize import Factorizer, Geometry, Measured, Spectral
+from corank.factorize import Factorizer, Geometry, Measured, Spectral, plain
 from corank.rule import RankChoice as RankChoice
 from corank.rule import Rule
 
@@ -36,11 +36,6 @@ STARTS = ("target", "dense")
 HEALING = ("none", "block", "kd")
 LABELS = ("data", "sampled", "top5")
 SHARES = ("none", "pairs", "siblings", "layers", "auto")
-
-
-def plain(_measured: Measured) -> Geometry:
-    """The geometry that knows no data: ``|| W - W' ||_F``."""
-    return Geometry()
 
 
 @dataclass(frozen=True)

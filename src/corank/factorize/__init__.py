@@ -4,6 +4,7 @@ from corank.factorize.cur import CURDecomposition
 from corank.factorize.geometry import Factored, Factorizer, Geometry, Metric
 from corank.factorize.interpolative import ColumnID, RowID
 from corank.factorize.measured import Measured
+from corank.factorize.metrics import plain, two_sided, whitened
 from corank.factorize.residual import TwoStage
 from corank.factorize.spectral import Spectral
 
@@ -18,4 +19,7 @@ __all__ = [
     "RowID",
     "Spectral",
     "TwoStage",
+    "plain",
+    "two_sided",
+    "whitened",
 ]

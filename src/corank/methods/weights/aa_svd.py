@@ -12,7 +12,7 @@ what it starts from.
 
 from __future__ import annotations
 
-from corank.factorize import Geometry, Measured, Spectral
+from corank.factorize import Spectral, whitened
 from corank.recipe import Recipe, register
 
 
@@ -24,8 +24,4 @@ def aa_svd(anchor: float = 1.0, precision: str = "auto") -> Recipe:
         anchor: t, how much of the target is the dense model's output; 0 follows the shifted inputs alone.
         precision: "auto", "double" or "mixed".
     """
-
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric())
-
-    return Recipe(statistics=("gram",), geometry=geometry, factorize=Spectral(precision), target="mixed", mix=anchor)
+    return Recipe(statistics=("gram",), geometry=whitened, factorize=Spectral(precision), target="mixed", mix=anchor)

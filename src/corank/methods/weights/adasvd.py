@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 
 from corank.errors import CorankError
-from corank.factorize import Geometry, Measured, Spectral
+from corank.factorize import Spectral, whitened
 from corank.recipe import RankChoice, Recipe, register
 
 
@@ -46,16 +46,13 @@ def adasvd(alternations: int = 2, ratios: bool = False, lowest: float = 0.5, pre
     if not 0 <= lowest <= 1:
         raise CorankError(f"lowest={lowest} is not a share; give a number between 0 and 1.")
 
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric())
-
     def rule(case: RankChoice) -> dict[str, int]:
         weight = shares(case.distances, lowest)
         return case.proportional({site.name: weight[site.layer] for site in case.sites})
 
     return Recipe(
         statistics=("gram", "angular") if ratios else ("gram",),
-        geometry=geometry,
+        geometry=whitened,
         factorize=Spectral(precision),
         rule=rule if ratios else None,
         target="shifted",

@@ -11,7 +11,7 @@ Differs from the reference code, which does not run as published: exact eigenvec
 
 from __future__ import annotations
 
-from corank.factorize import Geometry, Measured, Spectral
+from corank.factorize import Spectral, whitened
 from corank.recipe import Recipe, register
 
 
@@ -22,8 +22,4 @@ def afm(precision: str = "auto") -> Recipe:
     Args:
         precision: "auto", "double" or "mixed".
     """
-
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric())
-
-    return Recipe(statistics=("gram",), geometry=geometry, factorize=Spectral(precision), affine=True)
+    return Recipe(statistics=("gram",), geometry=whitened, factorize=Spectral(precision), affine=True)

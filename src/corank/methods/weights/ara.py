@@ -12,7 +12,7 @@ quantile of all masks, that which uses the budget up.
 
 from __future__ import annotations
 
-from corank.factorize import Geometry, Measured, Spectral
+from corank.factorize import Spectral, whitened
 from corank.recipe import Recipe, register
 
 
@@ -23,8 +23,4 @@ def ara(precision: str = "auto") -> Recipe:
     Args:
         precision: "auto", "double" or "mixed".
     """
-
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric())
-
-    return Recipe(statistics=("gram",), geometry=geometry, factorize=Spectral(precision), allocate="ara")
+    return Recipe(statistics=("gram",), geometry=whitened, factorize=Spectral(precision), allocate="ara")

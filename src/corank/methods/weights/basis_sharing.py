@@ -10,7 +10,7 @@ sum's), which is never worse for it; a fused q, k, v or gate and up counts as on
 
 from __future__ import annotations
 
-from corank.factorize import Geometry, Measured, Spectral
+from corank.factorize import Spectral, whitened
 from corank.recipe import Recipe, register
 
 
@@ -25,13 +25,9 @@ def basis_sharing(layers: int = 2, normalize: bool = False, update: bool = False
         update: refit B_l by least squares on the inputs of the partly compressed model (the paper's mode for keep <= 0.6).
         precision: "auto", "double" or "mixed".
     """
-
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric())
-
     return Recipe(
         statistics=("gram",),
-        geometry=geometry,
+        geometry=whitened,
         factorize=Spectral(precision),
         currency="relative" if normalize else "energy",
         share="layers",

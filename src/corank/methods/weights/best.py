@@ -13,7 +13,7 @@ had it falls back, with a warning, to G alone and uniform ranks.
 from __future__ import annotations
 
 from corank.errors import unknown
-from corank.factorize import Geometry, Measured, Spectral
+from corank.factorize import Spectral, two_sided, whitened
 from corank.recipe import Recipe, register
 
 EFFORTS = {"fast": 0, "balanced": 1, "max": 4}
@@ -33,21 +33,18 @@ def best(
         precision: "auto", "double" or "mixed".
     """
 
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric(shrink_inputs), R=measured.output_metric("gradient", shrink_outputs))
-
     if effort not in EFFORTS:
         raise unknown("effort", effort, EFFORTS)
     heal = "kd" if EFFORTS[effort] else "none"
     inputs_alone = Recipe(
         statistics=("gram",),
-        geometry=lambda measured: Geometry(measured.metric()),
+        geometry=whitened,
         factorize=Spectral(precision),
         pack=True,
     )
     return Recipe(
         statistics=("gram", "gradient"),
-        geometry=geometry,
+        geometry=two_sided(shrink_inputs, shrink_outputs),
         factorize=Spectral(precision),
         allocate="lagrange",
         currency="energy",

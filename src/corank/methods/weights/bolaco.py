@@ -12,7 +12,7 @@ dense model on held-out text, without the perplexity.
 
 from __future__ import annotations
 
-from corank.factorize import Geometry, Measured, Spectral
+from corank.factorize import Spectral, whitened
 from corank.recipe import Recipe, register
 
 
@@ -23,10 +23,6 @@ def bolaco(precision: str = "auto") -> Recipe:
     Args:
         precision: "auto", "double" or "mixed".
     """
-
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric())
-
     return Recipe(
-        statistics=("gram",), geometry=geometry, factorize=Spectral(precision), affine=True, allocate="bolaco"
+        statistics=("gram",), geometry=whitened, factorize=Spectral(precision), affine=True, allocate="bolaco"
     )

@@ -8,7 +8,7 @@ not the identity, and J: r (m + n - r) + r values, smaller than dense at every r
 
 from __future__ import annotations
 
-from corank.factorize import ColumnID, Geometry, Measured
+from corank.factorize import ColumnID, whitened
 from corank.recipe import Recipe, register
 
 
@@ -19,8 +19,4 @@ def col_id(selector: str = "qr") -> Recipe:
     Args:
         selector: how the columns are chosen: qr (column-pivoted), deim, qdeim, leverage, norm, maxvol, sketch, random.
     """
-
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric())
-
-    return Recipe(statistics=("gram",), geometry=geometry, factorize=ColumnID(selector))
+    return Recipe(statistics=("gram",), geometry=whitened, factorize=ColumnID(selector))

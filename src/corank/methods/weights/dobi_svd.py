@@ -12,7 +12,7 @@ grow from gentle to steep (beta from 10 to 100); no 8-bit remapping, which is qu
 
 from __future__ import annotations
 
-from corank.factorize import Geometry, Measured, Spectral
+from corank.factorize import Spectral, whitened
 from corank.recipe import Recipe, register
 
 
@@ -23,8 +23,4 @@ def dobi_svd(precision: str = "auto") -> Recipe:
     Args:
         precision: "auto", "double" or "mixed".
     """
-
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric())
-
-    return Recipe(statistics=("gram",), geometry=geometry, factorize=Spectral(precision), allocate="dobi-svd")
+    return Recipe(statistics=("gram",), geometry=whitened, factorize=Spectral(precision), allocate="dobi-svd")

@@ -13,7 +13,7 @@ matrix in 8 bits; here it is a step of its own, `corank.checkpoint.quantize_fact
 
 from __future__ import annotations
 
-from corank.factorize import Geometry, Measured, Spectral
+from corank.factorize import Spectral, two_sided
 from corank.recipe import Recipe, register
 
 
@@ -28,12 +28,9 @@ def io_svd(top: int = 5, shrink_inputs: float = 0.005, shrink_outputs: float = 0
         precision: "auto", "double" or "mixed".
     """
 
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric(shrink_inputs), R=measured.output_metric("gradient", shrink_outputs))
-
     return Recipe(
         statistics=("gram", "gradient"),
-        geometry=geometry,
+        geometry=two_sided(shrink_inputs, shrink_outputs),
         factorize=Spectral(precision),
         allocate="lagrange",
         currency="energy",

@@ -9,7 +9,7 @@ clipped against the mean of their own sequence, so that the result does not depe
 
 from __future__ import annotations
 
-from corank.factorize import Geometry, Measured, Spectral
+from corank.factorize import Spectral, two_sided
 from corank.recipe import Recipe, register
 
 
@@ -27,7 +27,9 @@ def kfac_svd(
     """
     gradient = "clipped-gradient" if clip else "gradient"
 
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric(shrink_inputs), R=measured.output_metric(gradient, shrink_outputs))
-
-    return Recipe(statistics=("gram", gradient), geometry=geometry, factorize=Spectral(precision), currency="energy")
+    return Recipe(
+        statistics=("gram", gradient),
+        geometry=two_sided(shrink_inputs, shrink_outputs, gradient),
+        factorize=Spectral(precision),
+        currency="energy",
+    )

@@ -11,7 +11,7 @@ hulls in place of an integer program; all positions of the text count in place o
 
 from __future__ import annotations
 
-from corank.factorize import Geometry, Measured, Spectral
+from corank.factorize import Spectral, two_sided
 from corank.recipe import Recipe, register
 
 
@@ -25,13 +25,9 @@ def lems(shrink_inputs: float = 0.1, shrink_outputs: float = 0.3, precision: str
         precision: "auto", "double" or "mixed".
     """
 
-    def geometry(measured: Measured) -> Geometry:
-        R = measured.output_metric("clipped-gradient", shrink_outputs)
-        return Geometry(measured.metric(shrink_inputs), R=R)
-
     return Recipe(
         statistics=("gram", "clipped-gradient"),
-        geometry=geometry,
+        geometry=two_sided(shrink_inputs, shrink_outputs, "clipped-gradient"),
         factorize=Spectral(precision),
         allocate="lems",
         currency="energy",

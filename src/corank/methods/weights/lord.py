@@ -8,7 +8,7 @@ The same estimator as `svd-llm` on centred inputs.
 
 from __future__ import annotations
 
-from corank.factorize import Geometry, Measured, Spectral
+from corank.factorize import Spectral, whitened
 from corank.recipe import Recipe, register
 
 
@@ -19,8 +19,4 @@ def lord(precision: str = "auto") -> Recipe:
     Args:
         precision: "auto", "double" or "mixed".
     """
-
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric())
-
-    return Recipe(statistics=("gram",), geometry=geometry, factorize=Spectral(precision), affine=True)
+    return Recipe(statistics=("gram",), geometry=whitened, factorize=Spectral(precision), affine=True)

@@ -11,7 +11,7 @@ past the budget. Its "reconstruct_step 2" is one update of each factor; its rati
 
 from __future__ import annotations
 
-from corank.factorize import Geometry, Measured, Spectral
+from corank.factorize import Spectral, whitened
 from corank.recipe import Recipe, register
 
 
@@ -23,13 +23,9 @@ def mpifa(multiple: int = 16, precision: str = "auto") -> Recipe:
         multiple: ranks are multiples of this.
         precision: "auto", "double" or "mixed".
     """
-
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric())
-
     return Recipe(
         statistics=("gram",),
-        geometry=geometry,
+        geometry=whitened,
         factorize=Spectral(precision),
         target="mixed",
         mix=0.25,

@@ -9,7 +9,7 @@ against calibration text that is not like the text to come: on the calibration d
 
 from __future__ import annotations
 
-from corank.factorize import Geometry, Measured, TwoStage
+from corank.factorize import TwoStage, whitened
 from corank.recipe import Recipe, register
 
 
@@ -21,8 +21,4 @@ def nsvd(share: float = 0.95, precision: str = "auto") -> Recipe:
         share: k1 / k.
         precision: "auto", "double" or "mixed".
     """
-
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric())
-
-    return Recipe(statistics=("gram",), geometry=geometry, factorize=TwoStage(share, "plain", precision))
+    return Recipe(statistics=("gram",), geometry=whitened, factorize=TwoStage(share, "plain", precision))

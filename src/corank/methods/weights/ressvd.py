@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 
 from corank.errors import CorankError
-from corank.factorize import Geometry, Measured, TwoStage
+from corank.factorize import TwoStage, whitened
 from corank.recipe import RankChoice, Recipe, register
 
 
@@ -33,9 +33,6 @@ def ressvd(share: float = 0.9, second: str = "plain", last: float = 1.0, precisi
     if not 0 < last <= 1:
         raise CorankError(f"last={last} is not a part of the layers; give a number above 0 and up to 1.")
 
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric())
-
     def rule(case: RankChoice) -> dict[str, int]:
         layers = sorted({site.layer for site in case.sites})
         chosen = set(layers[len(layers) - math.ceil(last * len(layers)) :])
@@ -43,7 +40,7 @@ def ressvd(share: float = 0.9, second: str = "plain", last: float = 1.0, precisi
 
     return Recipe(
         statistics=("gram",),
-        geometry=geometry,
+        geometry=whitened,
         factorize=TwoStage(share, second, precision),
         rule=None if last == 1 else rule,
     )

@@ -8,7 +8,7 @@ exact, whatever the data.
 
 from __future__ import annotations
 
-from corank.factorize import Geometry, Measured, RowID
+from corank.factorize import RowID, whitened
 from corank.recipe import Recipe, register
 
 
@@ -19,8 +19,4 @@ def row_id(selector: str = "qr") -> Recipe:
     Args:
         selector: how the rows are chosen: qr (row-pivoted), deim, qdeim, leverage, norm, maxvol, sketch, random.
     """
-
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric())
-
-    return Recipe(statistics=("gram",), geometry=geometry, factorize=RowID(selector))
+    return Recipe(statistics=("gram",), geometry=whitened, factorize=RowID(selector))

@@ -10,7 +10,7 @@ t need not be the one with the least error; `aa-svd` is the same with t fixed.
 
 from __future__ import annotations
 
-from corank.factorize import Geometry, Measured, Spectral
+from corank.factorize import Spectral, whitened
 from corank.recipe import Recipe, register
 
 
@@ -22,13 +22,9 @@ def saes_svd(mix: float | None = None, precision: str = "auto") -> Recipe:
         mix: t, the same for all layers; None: chosen for each.
         precision: "auto", "double" or "mixed".
     """
-
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric())
-
     return Recipe(
         statistics=("gram",),
-        geometry=geometry,
+        geometry=whitened,
         factorize=Spectral(precision),
         target="adaptive" if mix is None else "mixed",
         mix=0.5 if mix is None else mix,

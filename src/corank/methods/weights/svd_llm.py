@@ -10,7 +10,7 @@ all calibration samples in place of 16.
 
 from __future__ import annotations
 
-from corank.factorize import Geometry, Measured, Spectral
+from corank.factorize import Spectral, whitened
 from corank.recipe import Recipe, register
 
 
@@ -22,8 +22,4 @@ def svd_llm(update: bool = False, precision: str = "auto") -> Recipe:
         update: refit B by least squares on the inputs of the partly compressed model (the paper's mode for keep < 0.7).
         precision: "auto", "double" or "mixed".
     """
-
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric())
-
-    return Recipe(statistics=("gram",), geometry=geometry, factorize=Spectral(precision), refit=update)
+    return Recipe(statistics=("gram",), geometry=whitened, factorize=Spectral(precision), refit=update)

@@ -11,7 +11,7 @@ The paper's floor for strong compression is floor=0.3.
 
 from __future__ import annotations
 
-from corank.factorize import Geometry, Measured, Spectral
+from corank.factorize import Spectral, whitened
 from corank.recipe import Recipe, register
 
 
@@ -22,10 +22,6 @@ def zs_svd(precision: str = "auto") -> Recipe:
     Args:
         precision: "auto", "double" or "mixed".
     """
-
-    def geometry(measured: Measured) -> Geometry:
-        return Geometry(measured.metric())
-
     return Recipe(
-        statistics=("gram", "gradient-mean"), geometry=geometry, factorize=Spectral(precision), allocate="zs-svd"
+        statistics=("gram", "gradient-mean"), geometry=whitened, factorize=Spectral(precision), allocate="zs-svd"
     )
