@@ -13,6 +13,7 @@ import corank
 from corank import healing
 from corank.errors import CorankError
 from corank.factors import FactorizedLinear
+from corank.factors.shared import SharedLowRankLinear
 from corank.heal import Schedule
 from corank.heal.blocks import refine_blocks
 from corank.heal.distillation import lumped_kl, predictions
@@ -216,6 +217,33 @@ def test_a_block_that_is_right_already_is_left_alone():
     )
     assert all(h.best < 1e-10 for h in histories)
     assert all(torch.equal(p, before[n]) for n, p in same.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Neighbouring layers read one basis, which the first of them holds."""
+    folder = tmp_path_factory.mktemp("shared")
+    dense = saved("llama-gqa", folder / "dense")
+    corank.compress(dense, "basis-sharing", keep=0.6, out=folder / "small", data=TEXT, samples=6, length=16)
+    return folder / "small"
+
+
+def test_a_basis_that_later_blocks_read_is_left_alone_by_block(shared, tmp_path):
+    heal(shared, how="block", out=tmp_path / "healed", **SMALL)
+    before, after = (corank.load(d)[0] for d in (shared, tmp_path / "healed"))
+    followers = [m for m in before.modules() if isinstance(m, SharedLowRankLinear)]
+    bases = {m.basis for m in followers}
+    assert bases
+    for name in bases:
+        assert torch.equal(before.get_submodule(name).down.weight, after.get_submodule(name).down.weight), name
+    assert any(not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_distillation_trains_a_shared_basis_once(shared, tmp_path):
+    heal(shared, how="kd", out=tmp_path / "healed", **SMALL)
+    before, after = (corank.load(d)[0] for d in (shared, tmp_path / "healed"))
+    name = next(m.basis for m in before.modules() if isinstance(m, SharedLowRankLinear))
+    assert not torch.equal(before.get_submodule(name).down.weight, after.get_submodule(name).down.weight)
 
 
 def test_an_interrupted_healing_goes_on(compressed, tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from corank.errors import CorankError
-from corank.methods.matrices.c_dln import CompressedDeepLinear, descend, product, start
+from corank.linalg.deep import descend, product, start
+from corank.methods.matrices.c_dln import CompressedDeepLinear
 
 
 def randn(*shape, seed=0):
