@@ -81,3 +81,19 @@ def saved(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.flo
     tiny(name, seed, dtype).save_pretrained(folder, max_shard_size=shard)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def stand_in(cache: Path, *, words: Any = None, **sizes: Any) -> Path:
+    """A tiny random model under the name `smollm2-135m` in a cache: what the commands of the docs then work on.
+
+    Args:
+        cache: what CORANK_CACHE is set to.
+        words: its tokenizer; None: `tokenizer()`.
+        sizes: of the configuration, where they matter.
+    """
+    config = dict(vocab_size=64, hidden_size=24, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4)
+    config |= dict(num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True)
+    folder = cache / "smollm2-135m"
+    tf.LlamaForCausalLM(tf.LlamaConfig(**{**config, **sizes})).save_pretrained(folder)
+    (words or tokenizer()).save_pretrained(folder)
+    return folder

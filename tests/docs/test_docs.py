@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import transformers as tf
 
 from corank.cli import main
 from corank.recipe import _METHODS
-from tiny import tokenizer
+from tiny import stand_in
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,18 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def home(tmp_path_factory):
     """A cache in which the alias smollm2-135m is a tiny random model with a long context."""
     cache = tmp_path_factory.mktemp("cache")
-    config = tf.LlamaConfig(
-        vocab_size=64,
-        hidden_size=24,
-        intermediate_size=37,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    )
-    tf.LlamaForCausalLM(config).save_pretrained(cache / "smollm2-135m")
-    tokenizer().save_pretrained(cache / "smollm2-135m")
+    stand_in(cache, num_hidden_layers=4)
     return cache
 
 

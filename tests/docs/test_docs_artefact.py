@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import transformers as tf
 
 from corank.cli import main
-from tiny import tokenizer
+from tiny import stand_in, tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "http://127.0.0.1:8000"
@@ -25,22 +24,9 @@ def room(tmp_path, monkeypatch):
     """An empty working directory, and a cache in which the alias is a tiny random model that can chat."""
     import datasets
 
-    config = tf.LlamaConfig(
-        vocab_size=64,
-        hidden_size=24,
-        intermediate_size=37,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        eos_token_id=None,
-    )
-    model = tf.LlamaForCausalLM(config)
-    model.save_pretrained(tmp_path / "cache" / "smollm2-135m")
     words = tokenizer()
     words.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    words.save_pretrained(tmp_path / "cache" / "smollm2-135m")
+    stand_in(tmp_path / "cache", words=words, eos_token_id=None)
     monkeypatch.setenv("CORANK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     here = tmp_path / "here"

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers as tf
 
 import corank
 from corank.cli import main
 from corank.factors import FactorizedLinear
-from tiny import tokenizer
+from tiny import stand_in
 
 pytest.importorskip("peft")
 pytest.importorskip("torchao")
@@ -26,17 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def room(tmp_path, monkeypatch):
     """An empty working directory, and a cache in which the alias is a tiny random model."""
-    config = tf.LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-    )
-    tf.LlamaForCausalLM(config).save_pretrained(tmp_path / "cache" / "smollm2-135m")
-    tokenizer().save_pretrained(tmp_path / "cache" / "smollm2-135m")
+    stand_in(tmp_path / "cache", hidden_size=64, intermediate_size=96, num_key_value_heads=4)
     monkeypatch.setenv("CORANK_CACHE", str(tmp_path / "cache"))
     here = tmp_path / "here"
     here.mkdir()

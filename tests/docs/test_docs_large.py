@@ -10,10 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import transformers as tf
-
 from corank.cli import main
-from tiny import tokenizer
+from tiny import stand_in
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "large-models.md"
 
@@ -23,18 +21,7 @@ def weights(folder: Path) -> bytes:
 
 
 def test_the_page_on_large_models(tmp_path, monkeypatch, capfd):
-    config = tf.LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    )
-    tf.LlamaForCausalLM(config).save_pretrained(tmp_path / "cache" / "smollm2-135m")
-    tokenizer().save_pretrained(tmp_path / "cache" / "smollm2-135m")
+    stand_in(tmp_path / "cache")
     monkeypatch.setenv("CORANK_CACHE", str(tmp_path / "cache"))
     room = tmp_path / "room"
     room.mkdir()
