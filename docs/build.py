@@ -1,4 +1,4 @@
-"""Rebuild what is generated: docs/methods.md, docs/leaderboard.md, and the tables in README.md between their markers.
+"""Rebuild what is generated: docs/methods.md, docs/leaderboard.md, the tables in docs/speed.md and README.md.
 
 ./dev docs            rebuild
 ./dev docs --check    exit with 1 if something is out of date
@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from speed_tables import sections
 
 from corank import recipe
 
@@ -186,7 +188,11 @@ def fill(text: str, name: str, content: str) -> str:
 def main() -> int:
     """Write, or with --check compare."""
     readme = (ROOT / "README.md").read_text()
+    speed = (ROOT / "docs" / "speed.md").read_text()
+    for name, content in sections().items():
+        speed = fill(speed, name, content)
     wanted = {
+        ROOT / "docs" / "speed.md": speed,
         ROOT / "docs" / "methods.md": methods_page(),
         ROOT / "docs" / "leaderboard.md": leaderboard_page(),
         ROOT / "README.md": fill(

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from corank.errors import CorankError
+from corank.model.generated import PREFIX as GENERATED
+from corank.model.generated import generated
 
 BUILTIN = ("builtin", "builtin-test", "builtin-code")
 
@@ -147,7 +149,8 @@ def read_text(source: Source | Sequence[Source]) -> Text:
 
     Args:
         source: one of `BUILTIN`; a file ``.txt``, ``.jsonl`` (its field ``text``), either with ``.gz``; or
-            ``datasets:NAME[:CONFIG[:SPLIT]]`` through the `datasets` library; a `Text`, which is given back; or a list.
+            ``datasets:NAME[:CONFIG[:SPLIT]]`` through the `datasets` library; ``generated:MODEL``, what a dense model
+            writes by itself; a `Text`, which is given back; or a list.
 
     Raises:
         CorankError: no such file, no text in it, or the optional extra is missing.
@@ -161,10 +164,13 @@ def read_text(source: Source | Sequence[Source]) -> Text:
         return Text(_code() if name == "builtin-code" else _topics(test=name == "builtin-test"), name)
     if name.startswith("datasets:"):
         return Text(_from_datasets(name), name)
+    if name.startswith(GENERATED):
+        return Text(generated(name), name)
     path = Path(source).expanduser()
     if not path.is_file():
         raise CorankError(
-            f"There is no text file {path}; give a .txt or .jsonl file, datasets:NAME, or {', '.join(BUILTIN)}."
+            f"There is no text file {path}; give a .txt or .jsonl file, datasets:NAME, generated:MODEL, or "
+            f"{', '.join(BUILTIN)}."
         )
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
