@@ -1,4 +1,4 @@
-"""Every registered method meets the same oracles without anyone writing a test for it."""
+"""Every registered weight method meets the same oracles without anyone writing a test for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from corank.model import Site, Text
 from corank.statistics import ClippedGradientGram, FisherDiagonal, GradientGram, InputGram, InputMoments
 from tiny import saved, text, tiny, tokenizer
 
-METHODS = [m.name for m in recipe.methods()]
+METHODS = [m.name for m in recipe.methods(family="weights")]
 SHAPES = {"square": (12, 12), "wide": (9, 17), "tall": (19, 10), "thin": (3, 14), "odd": (13, 7)}
 TEXT = Text(text(), "words")
 # few trials and steps: what they are for is tested in tests/probing

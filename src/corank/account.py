@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -14,30 +16,82 @@ from corank.engine.job import Job
 from corank.engine.passes import Result
 from corank.engine.store import torch_dtype_name
 from corank.factors import KINDS
-from corank.model import Outline
+from corank.model import Calibration, Outline, ResidentModel
 from corank.order import Order
-from corank.recipe import Recipe
+from corank.recipe import Recipe, get
 from corank.report import Report
+from corank.report.card import write_card
+from corank.timing import PAYS
+from corank.timing.clock import Clock
 
 VERSION = "0.1.0"
 
 
 def make_report(name: str, order: Order, result: Result, job: Job, peak: int | None) -> Report:
     """The report of a run, before sizes on disk are known."""
-    rows, outline = result.rows, job.source.outline
+    warnings = []
+    if all(row["kind"] == "dense" for row in result.rows):
+        warnings.append("Every site stayed dense: the budget asks for nothing, or factors would not be smaller.")
+    latency = None if job.clock is None else _latency(result, job, job.clock)
+    if latency is not None and job.clock is not None and latency["speedup"] < PAYS:
+        grown = f"{latency['speedup']:.2f} times as fast ({job.clock.describe()})"
+        warnings.append(f"Memory only: the matrices are predicted to be {grown}.")
+    report = compose(
+        name,
+        order,
+        result.rows,
+        job.source,
+        data=job.data,
+        dtype=job.dtype,
+        stages=dict(job.stages),
+        peak_memory_bytes=peak,
+        break_even=_break_even(job.recipe, job.source.outline),
+        warnings=warnings,
+        extra={} if result.distances is None else {"angular_distances": result.distances},
+    )
+    if latency is None:
+        return report
+    return dataclasses.replace(report, accounting={**report.accounting, "latency": latency})
+
+
+def compose(
+    name: str,
+    order: Order,
+    rows: list[dict[str, Any]],
+    source: ResidentModel,
+    *,
+    data: Calibration | None,
+    dtype: torch.dtype,
+    parameters: int | None = None,
+    break_even: Mapping[str, int] | None = None,
+    **rest: Any,
+) -> Report:
+    """A report from its rows.
+
+    Args:
+        name: of the model.
+        order: what was asked for.
+        rows: one per site.
+        source: the dense model.
+        data: calibration data.
+        dtype: of what is stored.
+        parameters: of the whole result, where it lost more than matrices; None: counted from the rows.
+        break_even: role -> largest rank that saves anything.
+        rest: fields of the report as they are.
+    """
+    outline = source.outline
     inside = sum(r["params_dense"] for r in rows)
     after = sum(r["params"] for r in rows)
     every_flop = outline.flops
     saved_flops = sum(r["flops_dense"] - r["flops"] for r in rows)
-    rows_by_loss = [r for r in rows if r["kind"] != "dense"]
-    warnings = []
-    if not rows_by_loss:
-        warnings.append("Every site stayed dense: the budget asks for nothing, or factors would not be smaller.")
     accounting = {
         "sites": {"dense": inside, "compressed": after},
-        "model": {"dense": outline.parameters, "compressed": outline.parameters - inside + after},
+        "model": {
+            "dense": outline.parameters,
+            "compressed": outline.parameters - inside + after if parameters is None else parameters,
+        },
         "flops_per_token": {"dense": every_flop, "compressed": every_flop - saved_flops},
-        "break_even": _break_even(job.recipe, outline),
+        "break_even": dict(break_even or {}),
     }
     return Report(
         model=name,
@@ -47,21 +101,37 @@ def make_report(name: str, order: Order, result: Result, job: Job, peak: int | N
         budget=order.budget.to_dict() if order.budget else {},
         accounting=accounting,
         sites=rows,
-        stages=dict(job.stages),
-        peak_memory_bytes=peak,
         seed=order.seed,
-        data={**job.data.source, "batch": order.batch} if job.data else {},
+        data={**data.source, "batch": order.batch} if data else {},
         versions={
             "corank": VERSION,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "dtype": torch_dtype_name(job.dtype),
-            "compute_dtype": torch_dtype_name(job.source.dtype),
+            "dtype": torch_dtype_name(dtype),
+            "compute_dtype": torch_dtype_name(source.dtype),
         },
-        warnings=warnings,
-        extra={} if result.distances is None else {"angular_distances": result.distances},
+        **rest,
     )
+
+
+def _latency(result: Result, job: Job, clock: Clock) -> dict[str, Any]:
+    """Predicted nanoseconds of the sites, before and after, and for what."""
+    choices = result.plan.choices
+    before = sum(clock.nanoseconds(s, "dense", None) for s in job.sites)
+    after = 0
+    for site in job.sites:
+        choice = choices[site.name]
+        after += clock.nanoseconds(site, choice.kind, None if choice.is_dense else choice.rank)
+    return {
+        "dense": before,
+        "compressed": after,
+        "speedup": before / after,
+        "batch": clock.batch,
+        "tokens": clock.tokens,
+        "device": clock.device.to_json(),
+        "multiple_of": job.recipe.multiple_of,
+    }
 
 
 def _break_even(recipe: Recipe, outline: Outline) -> dict[str, int]:
@@ -75,3 +145,18 @@ def with_bytes(report: Report, directory: Path, outline: Outline, dtype: torch.d
     written = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
     accounting = {**report.accounting, "bytes": {"dense": outline.parameters * dtype.itemsize, "compressed": written}}
     return dataclasses.replace(report, accounting=accounting)
+
+
+def document(report: Report, directory: Path) -> None:
+    """Write the report, and the model card made from it."""
+    report.save(directory / "report.json")
+    write_card(report, directory / "README.md", cite=get(report.method).cite)
+
+
+def provenance(order: Order, report: Report, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says about where it comes from, as keywords of `corank.checkpoint.attach`."""
+    return {
+        "recipe": {"method": order.method, "parameters": report.parameters, "budget": report.budget},
+        "plan": dict(plan),
+        "provenance": {"seed": order.seed, "data": report.data, "versions": report.versions, "model": report.model},
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import shutil
 import tempfile
@@ -15,13 +14,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from corank import checkpoint
-from corank.account import make_report, with_bytes
-from corank.engine.claim import cache_of, claim, clear, files_key, model_key
+from corank.account import document, make_report, provenance, with_bytes
+from corank.engine.claim import cache_of, claim, files_key, model_key, working
 from corank.engine.directory import DirectorySink, ElsewhereSink, MemorySink, copy_companions, small_files
 from corank.engine.job import Job
 from corank.engine.passes import Result, run
 from corank.engine.store import torch_dtype_name
-from corank.engine.world import Interrupted, World, device_of, joined
+from corank.engine.world import World, device_of, joined
 from corank.errors import CorankError
 from corank.evaluate import PeakMemory, Perplexity, perplexity
 from corank.model import (
@@ -33,9 +32,9 @@ from corank.model import (
 )
 from corank.model.streaming import NotStreamable
 from corank.order import Data, Order
-from corank.recipe import get
 from corank.report import Report
-from corank.report.card import write_card
+from corank.structured.driver import compress_resident, compress_streamed
+from corank.structured.recipe import Structured
 
 Progress = Callable[[int, str, float | None], None]
 """Called with (layer, stage, relative error or None)."""
@@ -49,6 +48,10 @@ def compress(
     remove: float | str | None = None,
     params: int | str | None = None,
     bytes: int | str | None = None,
+    latency: float | str | None = None,
+    latency_batch: int = 1,
+    latency_tokens: int = 1,
+    latency_device: str | None = None,
     max_perplexity_increase: float | str | None = None,
     heldout: str | Path | Text = "builtin-test",
     scope: str | None = None,
@@ -73,6 +76,11 @@ def compress(
         method: name of a registered method, see `corank.methods()`.
         keep, remove, params, bytes: the budget, exactly one of them (``keep=0.8``, ``bytes="10GiB"``); methods with a
             rank rule of their own (curing) work without one.
+        latency: in place of a size: the fraction of the predicted time of the selected matrices that they may take
+            (``latency=0.7``); ranks are rounded to what suits the device, and what cannot be faster stays dense.
+        latency_batch, latency_tokens: the time of so many sequences with so many new tokens each: 1 (the default) is
+            decoding, a longer one the prefill of a prompt.
+        latency_device: where: "h200", a JSON file that describes a device, "cpu" or "cuda"; None: this machine.
         max_perplexity_increase: in place of a size: the smallest model whose perplexity on `heldout` is no more than this
             share above the dense model's (``"5%"``); needs a model on disk.
         heldout: text to judge by, not the calibration text.
@@ -100,7 +108,10 @@ def compress(
         CorankError: bad input; nothing has been written or overwritten. An interrupted run keeps ``<out>.partial`` and
             goes on from there when it is called again.
     """
-    budget = {"keep": keep, "remove": remove, "params": params, "bytes": bytes}
+    budget: dict[str, Any] = {"keep": keep, "remove": remove, "params": params, "bytes": bytes, "latency": latency}
+    if latency is not None:
+        step = {"batch": latency_batch, "tokens": latency_tokens, "device": latency_device}
+        budget |= {f"latency_{name}": value for name, value in step.items()}
     if max_perplexity_increase is not None:
         from corank.quality import compress_to_quality  # it calls this function for every trial
 
@@ -153,6 +164,8 @@ def compress(
     with joined() as world:
         report = progress if progress and world.first else (lambda layer, stage, error: None)
         world.same("settings", [order.identity(), batch, None if target is None else str(target)])
+        if isinstance(order.recipe, Structured) and world.size > 1:
+            raise CorankError(f"{method} works in one process; start it without torchrun.")
         if isinstance(model, PreTrainedModel):
             name = getattr(model.config, "_name_or_path", "") or type(model).__name__
             return _in_memory(model, tokenizer, name, order, target, cache, report, world)
@@ -276,6 +289,8 @@ def _in_memory(
     world: World,
     companions: Path | None = None,
 ) -> Report:
+    if isinstance(order.recipe, Structured):
+        return compress_resident(model, tokenizer, name, order, target, progress, companions)
     source, sink = ResidentModel(model, example=order.example), MemorySink()
     key = model_key(model) if cache or world.size > 1 else ""
     world.same("models", key)
@@ -286,13 +301,15 @@ def _in_memory(
         result = run(job)
         world.wait()  # before the directory that all use is gone
     report = _report(name, order, result, job, memory.peak_bytes)
-    checkpoint.attach(model, {n: m.spec() for n, m in sink.modules.items()}, **_provenance(order, result, report))
+    checkpoint.attach(
+        model, {n: m.spec() for n, m in sink.modules.items()}, **provenance(order, report, result.plan.to_dict())
+    )
 
     def save(directory: Path) -> Report:
         documents = {} if companions is None else {f.name: f.read_text() for f in small_files(companions)}
         checkpoint.save(model, tokenizer, directory, documents=documents)
         found = with_bytes(report, directory, source.outline, source.dtype)
-        _document(found, directory)
+        document(found, directory)
         return found
 
     return report if target is None else world.from_first(lambda: save(target))
@@ -314,8 +331,10 @@ def _streamed(
     progress: Progress,
     world: World,
 ) -> Report:
-    work = target.with_name(target.name + ".partial")
     tokenizer = load_tokenizer(source.path) if isinstance(order.text, Text) else None
+    if isinstance(order.recipe, Structured):
+        return compress_streamed(source, tokenizer, name, order, target, progress)
+    work = target.with_name(target.name + ".partial")
     written = DirectorySink(work, source, source.stored_dtype)
     sink = written if world.first else ElsewhereSink(source)
     folders = {"work": work, "scratch": work / "statistics"}
@@ -341,47 +360,16 @@ def _streamed(
             notes["modules"],
             files,
             fingerprint=notes["fingerprint"],
-            **_provenance(order, result, report),
+            **provenance(order, report, result.plan.to_dict()),
         )
         report = with_bytes(report, final, source.outline, source.stored_dtype)
-        _document(report, final)
+        document(report, final)
         checkpoint.publish(final, target)
         return report
 
-    try:
+    with working(work, target, world):
         with PeakMemory() as memory:
             result = run(job)
             files = world.from_first(assemble)
         report = _report(name, order, result, job, memory.peak_bytes)
-        report = world.from_first(lambda: finish(report, files))
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise Interrupted(
-                f"The disk is full; {target} was not written. Free some space and run the same command again: it "
-                f"continues from {work}."
-            ) from None
-        raise
-    except Interrupted:
-        raise
-    except CorankError as error:  # the model or the data are at fault: the same run could not be continued
-        world.fail(error)
-        if world.first:
-            clear(work)
-        raise
-    if world.first:
-        clear(work)
-    return report
-
-
-def _document(report: Report, directory: Path) -> None:
-    """The report, and the model card made from it."""
-    report.save(directory / "report.json")
-    write_card(report, directory / "README.md", cite=get(report.method).cite)
-
-
-def _provenance(order: Order, result: Result, report: Report) -> dict[str, Any]:
-    return {
-        "recipe": {"method": order.method, "parameters": report.parameters, "budget": report.budget},
-        "plan": result.plan.to_dict(),
-        "provenance": {"seed": order.seed, "data": report.data, "versions": report.versions, "model": report.model},
-    }
+        return world.from_first(lambda: finish(report, files))

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 MODEL = "a directory, a hub id, a .gguf file, or the alias smollm2-135m"
 
@@ -41,14 +42,28 @@ def build_parser() -> argparse.ArgumentParser:
         "  corank compress smollm2-135m --max-perplexity-increase 5% --out small\n"
         "  corank compress smollm2-135m --method svd-llm --keep 0.8 --set pack=true --out small\n"
         "  corank compress smollm2-135m --method curing --out cured           # the paper's own rank rule\n"
+        "  corank compress ORG/MODEL --budget-latency 0.7 --latency-device h200 --out fast\n"
         "  corank compress ORG/MODEL --bytes 10GiB --scope model --set allocate=lagrange --out small",
     )
     sub.add_argument("model", nargs="?", help=MODEL)
     _method(sub)
-    _budget(sub).add_argument(
+    budget = _budget(sub)
+    budget.add_argument(
         "--max-perplexity-increase",
         metavar="SHARE",
         help="in place of a size: the smallest model whose perplexity on --heldout rises by no more than this, e.g. 5%%",
+    )
+    budget.add_argument(
+        "--budget-latency",
+        metavar="SHARE",
+        help="in place of a size: the fraction of the predicted time of the matrices that they may take, e.g. 0.7",
+    )
+    budget.add_argument("--latency-batch", type=int, help="sequences in the step that is predicted (default: 1)")
+    budget.add_argument(
+        "--latency-tokens", type=int, help="new tokens of each: 1 is decoding, more the prefill of a prompt (default: 1)"
+    )
+    budget.add_argument(
+        "--latency-device", help="h200, a JSON file that describes a device, cpu or cuda (default: this machine)"
     )
     _data(sub)
     sub.add_argument(
@@ -126,10 +141,18 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(
         "bench",
         "time prefill and decoding, interleaved, against a baseline",
-        "  corank bench small --baseline smollm2-135m --batch 1,8",
+        "  corank bench small --baseline smollm2-135m --batch 1,8\n"
+        "  corank bench small --baseline smollm2-135m --predict          # predicted beside measured\n"
+        "  corank bench small --predict --device-model h200              # nothing is timed, no weight is read",
     )
     sub.add_argument("models", nargs="+", help="directories, dense or compressed")
-    sub.add_argument("--baseline", required=True, help="the dense model the ratios refer to")
+    sub.add_argument("--baseline", help="the dense model the ratios refer to; without one nothing is timed")
+    sub.add_argument(
+        "--predict", action="store_true", help="print what the time model predicts, from launches, bytes and operations"
+    )
+    sub.add_argument(
+        "--device-model", help="what to predict for: h200, a JSON file that describes a device, cpu, cuda (default: this one)"
+    )
     sub.add_argument("--batch", default="1", help="batch sizes, separated by commas")
     sub.add_argument("--prompt-tokens", type=int, default=256)
     sub.add_argument("--new-tokens", type=int, default=32)
@@ -138,28 +161,39 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command(
         "heal",
         "win back by training what compression lost; the size stays the same",
-        "  corank heal small --out healed\n  corank heal small --how block --epochs 3 --data text.jsonl --out healed\n"
-        "  corank heal small --minutes 20 --out healed",
+        "  corank heal small --out healed\n  corank heal small --how closed-form --out healed\n"
+        "  corank heal small --how block --epochs 3 --data text.jsonl --out healed\n"
+        "  corank heal small --minutes 20 --out healed\n"
+        "  torchrun --nproc-per-node 2 -m corank heal small --out healed       # or accelerate launch",
     )
-    sub.add_argument("model", help="a compressed directory")
+    sub.add_argument("model", help="a compressed directory; for --how kd also a plain model that was made smaller")
     sub.add_argument("--out", required=True, help="directory to write")
     sub.add_argument("--teacher", help="the dense model (default: the one that the directory was made from)")
     sub.add_argument(
         "--how",
         default="kd",
-        choices=("kd", "block"),
+        choices=_ways(),
         help="kd: the whole model learns the dense model's predictions; block: every block learns the dense block's output, "
-        "one block in memory at a time (default: %(default)s)",
+        "one block in memory at a time; closed-form: no training at all; the others are on the page docs/healing.md "
+        "(default: %(default)s)",
     )
     sub.add_argument(
         "--what",
-        default="blocks",
-        choices=("blocks", "factors"),
-        help="what is trained: everything in the blocks, or only factors, norms and biases (default: %(default)s)",
+        choices=("blocks", "factors", "layers", "matrices", "links"),
+        help="what is trained: everything in the blocks; the factorized matrices with the norms and biases of their blocks; with "
+        "their own biases; alone; or the links of CUR alone (default: the way's own)",
     )
     sub.add_argument("--epochs", type=float, default=2.0, help="passes over the text (default: %(default)s)")
     sub.add_argument("--minutes", type=float, help="end after so many minutes if that comes first")
-    sub.add_argument("--learning-rate", type=float, default=1.5e-5, help="at its peak (default: %(default)s)")
+    sub.add_argument("--learning-rate", type=float, help="at its peak (default: the way's own)")
+    sub.add_argument("--accumulate", type=int, default=1, help="forward passes per step (default: %(default)s)")
+    sub.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the products in training; auto: bfloat16 where a GPU has it (default: %(default)s)",
+    )
+    sub.add_argument("--device", default="cpu", help="where to train (default: %(default)s)")
     sub.add_argument("--no-eval", action="store_true", help="leave out the perplexities before and after")
     _data(sub, batch=2, device=False)
     _windows(sub, 16)
@@ -250,6 +284,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _ways() -> list[str]:
+    """Names of the ways to heal: those of their files, so that PyTorch need not be imported to know them."""
+    files = (Path(__file__).parent / "heal" / "ways").glob("*.py")
+    return sorted(file.stem.replace("_", "-") for file in files if file.stem != "__init__")
+
+
 def _method(sub: argparse.ArgumentParser, default: str | None = "best") -> None:
     group = sub.add_argument_group("method")
     group.add_argument("--method", default=None, help=f"see `corank methods` (default: {default})")
@@ -268,9 +308,10 @@ def _method(sub: argparse.ArgumentParser, default: str | None = "best") -> None:
     )
     group.add_argument(
         "--heal",
-        choices=("none", "kd", "block"),
-        help="train the result on the calibration text, see `corank heal --help`",
+        choices=("none", *_ways()),
+        help="heal the result on the calibration text, see `corank heal --help`; --set epochs=1 says for how long",
     )
+    group.add_argument("--minutes", type=float, help="end healing after so many minutes if that comes first")
     group.add_argument("--targets", help="roles, globs or re:patterns of the matrices to compress, separated by commas")
     group.add_argument("--ignore", help="the same, of matrices to leave alone")
 
@@ -297,7 +338,8 @@ def _data(sub: argparse.ArgumentParser, batch: int = 8, device: bool = True) -> 
         action="append",
         default=None,
         help="text, several to be mixed in equal shares: a .txt or .jsonl file (.gz too), datasets:NAME[:CONFIG[:SPLIT]], "
-        "or the built-in one, which needs no download (default: builtin)",
+        "generated:MODEL, what the dense model writes by itself, or the built-in one; neither of these needs a download "
+        "(default: builtin)",
     )
     group.add_argument("--samples", type=int, default=None, help="windows (default: 64)")
     group.add_argument("--length", type=int, default=None, help="tokens in a window (default: 512)")

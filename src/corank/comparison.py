@@ -126,7 +126,7 @@ def own_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         CorankError: unknown method, or a value of the wrong type.
     """
     entry = recipe.get(method)
-    own = {k: v for k, v in settings.items() if k in entry.parameters or k in recipe.COMMON}
+    own = {k: v for k, v in settings.items() if k in entry.parameters or k in entry.kind.COMMON}
     entry.recipe(**own)
     return own
 

@@ -12,18 +12,24 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from corank import checkpoint
-from corank.api import check_target, compress, load
-from corank.engine.world import started
+from corank.api import check_target, compress, load, load_tokenizer
+from corank.engine.world import device_of, joined, started
 from corank.errors import CorankError
 from corank.evaluate.perplexity import adds_bos
-from corank.heal.healing import Healed, Progress, require, train
+from corank.heal.healing import Healed, require_alike, train
+from corank.heal.overlap import TESTS, separate
 from corank.heal.training import Schedule
+from corank.heal.way import Progress, way, what_of
 from corank.jsonfile import read_json, write_json
 from corank.model import ResidentModel, Source, StreamedModel, Text, calibration, read_text, resolve
+from corank.model.streaming import NotStreamable
 from corank.order import Order
-from corank.recipe import get
+from corank.recipe import Recipe, get
 from corank.report import Report
 from corank.report.card import write_card
+
+CLAIM = "healing.json"
+"""File that says which run a working directory belongs to."""
 
 
 def heal(
@@ -35,10 +41,12 @@ def heal(
     data: Source | Sequence[Source] = "builtin",
     samples: int = 64,
     length: int = 512,
-    what: str = "blocks",
+    what: str | None = None,
     top: int = 256,
     schedule: Schedule | None = None,
     tokenizer: Any = None,
+    tests: Sequence[Source] = TESTS,
+    device: str = "cpu",
     progress: Progress = lambda what, done, of, value: None,
 ) -> Healed:
     """Train a compressed model towards the dense one.
@@ -46,46 +54,92 @@ def heal(
     A tenth of the sequences is held out; the state that is best there is the result, the untouched one included.
 
     Args:
-        model: a compressed directory, or a model in memory, which is changed in place.
+        model: a compressed directory, or a model in memory, which is changed in place. With `how="kd"` also a plain model
+            that was made smaller in another way.
         teacher: the dense model, None: the one the directory says it was made from.
-        how: a key of `HOW`.
+        how: name of a way, see `corank.heal.ways`.
         out: directory to write; None for a model in memory.
         data: text to learn from, as in `corank.compress`.
         samples, length: sequences, and tokens in each.
-        what: what is trained: "factors", the factorized matrices with the norms and biases of their blocks, or "blocks",
-            everything in the blocks. Embeddings and head are not.
-        top: tokens of the teacher's predictions that are kept (`kd`).
+        what: what is trained, one of the choices the way allows (`corank.heal.WHAT`); None: its own.
+        top: tokens of the teacher's predictions that are kept.
         schedule: how long and how fast; None: the default one.
         tokenizer: of a model in memory.
+        tests: texts that the result will be tested with; they must not be among those it learns from.
+        device: where to compute, for a model that is read from disk.
         progress: of training.
+
+    In an initialised process group of `torch.distributed` all processes make the same call and share every step; the one of
+    rank 0 writes. The result is that of a single process up to rounding.
 
     Raises:
         CorankError: bad input; nothing has been written. An interrupted run keeps ``<out>.healing`` and goes on from there.
     """
-    require(how, what)
+    what = what_of(how, what)
     schedule = schedule or Schedule()
+    if schedule.learning_rate is None:
+        schedule = dataclasses.replace(schedule, learning_rate=way(how).learning_rate)
     target = None if out is None else check_target(out)
     if target is None and not isinstance(model, PreTrainedModel):
         raise CorankError("Give out=DIRECTORY: a model that is read from disk is written to disk.")
-    text = read_text(data)
-    student, words = (model, tokenizer) if isinstance(model, PreTrainedModel) else load(model)
-    if words is None:
-        raise CorankError("Give tokenizer=..., which the training text needs.")
-    dense, source = _teacher(model if teacher is None else teacher, named=teacher is not None), ResidentModel(student)
-    _same_shape(source, dense)
-    sequences = calibration(words, text, samples, length, schedule.seed, bos=adds_bos(words))
-    work = None if target is None else target.with_name(target.name + ".healing")
-    said = {"how": how, "what": what, "top": top, "schedule": dataclasses.asdict(schedule), "data": sequences.source}
-    if work is not None:
-        _claim(work, {**said, "model": str(model)})
-    healed = train(source, dense, sequences, how, what=what, top=top, schedule=schedule, work=work, progress=progress)
-    if target is not None:
-        assert work is not None
-        checkpoint.save(
-            student, words, target, provenance=_provenance(student, healed, said), documents=_documents(model, healed)
+    text = separate(read_text(data), [read_text(each) for each in tests])
+    with joined() as world:
+        where = device_of(device, world)
+        student, words = (model, tokenizer) if isinstance(model, PreTrainedModel) else load(model, device=where)
+        if words is None:
+            raise CorankError("Give tokenizer=..., which the training text needs.")
+        source, dense = (
+            ResidentModel(student),
+            _teacher(model if teacher is None else teacher, teacher is not None, where),
         )
-        shutil.rmtree(work, ignore_errors=True)
+        require_alike(source, dense, way(how).local)
+        _same_words(words, dense, text)
+        sequences = calibration(words, text, samples, length, schedule.seed, bos=adds_bos(words))
+        work = None if target is None else target.with_name(target.name + ".healing")
+        said = {
+            "how": how,
+            "what": what,
+            "top": top,
+            "schedule": dataclasses.asdict(schedule),
+            "data": sequences.source,
+        }
+        if work is not None:
+            world.from_first(lambda: _claim(work, {**said, "model": str(model)}))
+        report = progress if world.first else (lambda what, done, of, value: None)
+        try:
+            healed = train(
+                source,
+                dense,
+                sequences,
+                how,
+                what=what,
+                top=top,
+                schedule=schedule,
+                work=work,
+                progress=report,
+                world=world,
+            )
+        except CorankError:
+            if work is not None and world.first and [file.name for file in work.iterdir()] == [CLAIM]:
+                shutil.rmtree(work, ignore_errors=True)  # nothing to go on with
+            raise
+        if target is not None:
+            world.from_first(lambda: _write(model, student, words, target, healed, said))
     return healed
+
+
+def _write(
+    model: str | Path | PreTrainedModel,
+    student: PreTrainedModel,
+    words: Any,
+    target: Path,
+    healed: Healed,
+    said: Mapping[str, Any],
+) -> None:
+    checkpoint.save(
+        student, words, target, provenance=_provenance(student, healed, said), documents=_documents(model, healed)
+    )
+    shutil.rmtree(target.with_name(target.name + ".healing"), ignore_errors=True)
 
 
 def compress_and_heal(
@@ -111,6 +165,7 @@ def compress_and_heal(
         raise CorankError("heal=... learns from text; give text as calibration data.")
     if started() > 1:
         raise CorankError("Training runs in one process: compress with heal=none, then use `corank heal`.")
+    assert isinstance(order.recipe, Recipe)  # others end in no training
     target = check_target(out)
     stage = target.with_name(target.name + ".unhealed")
     note, claim = stage / "order.json", json.loads(json.dumps(order.identity()))
@@ -125,11 +180,12 @@ def compress_and_heal(
         stage,
         resolve(model),
         order.recipe.heal,
+        device=str(rest.get("device") or "cpu"),
         out=target,
         data=order.text,
         samples=order.samples,
         length=order.length,
-        schedule=Schedule(epochs=order.recipe.epochs, seed=order.seed),
+        schedule=Schedule(epochs=order.recipe.epochs, minutes=order.recipe.minutes, seed=order.seed),
         progress=lambda what, done, of, value: say(
             done * layers // max(of, 1), what, None if value != value else value
         ),
@@ -152,7 +208,7 @@ def told(report: Report, healed: Healed) -> Report:
     )
 
 
-def _teacher(given: str | Path | PreTrainedModel, named: bool) -> ResidentModel:
+def _teacher(given: str | Path | PreTrainedModel, named: bool, device: str) -> ResidentModel:
     if isinstance(given, PreTrainedModel):
         if not named:
             raise CorankError("Give teacher=..., the dense model, to learn from.")
@@ -164,20 +220,34 @@ def _teacher(given: str | Path | PreTrainedModel, named: bool) -> ResidentModel:
         if not found:
             raise CorankError(f"{path} does not say which dense model it was made from; give it (--teacher).")
         path = Path(found)
-    return StreamedModel(resolve(str(path)))
+    found_at = resolve(str(path))
+    if read_json(found_at / "config.json").get("quantization_config"):
+        raise CorankError(f"The teacher {path} is compressed or quantized itself; give the dense model (--teacher).")
+    try:
+        return StreamedModel(found_at, device)
+    except NotStreamable:
+        return ResidentModel(checkpoint.load(found_at, device=device)[0])
 
 
-def _same_shape(student: ResidentModel, teacher: ResidentModel) -> None:
-    a, b = student.config.get_text_config(), teacher.config.get_text_config()
-    alike = a.model_type == b.model_type and student.outline.layers == teacher.outline.layers
-    if not alike or (a.vocab_size, a.hidden_size) != (b.vocab_size, b.hidden_size):
+def _same_words(words: Any, teacher: ResidentModel, text: Text) -> None:
+    """Refuse a teacher that reads text in other tokens, as far as it says what it reads."""
+    if not isinstance(teacher, StreamedModel):
+        return
+    try:
+        other = load_tokenizer(teacher.path)
+    except CorankError:
+        return
+    piece = text.text[:2000]
+    mine, theirs = (t(piece, add_special_tokens=False)["input_ids"] for t in (words, other))
+    if mine != theirs or words.get_vocab() != other.get_vocab():
         raise CorankError(
-            "The teacher has another architecture, other layers or another vocabulary than the model; give the dense model it was made from."
+            f"The model and the teacher {teacher.path} have different tokenizers, so that their predictions cannot be "
+            "compared; give the dense model it was made from (--teacher)."
         )
 
 
 def _claim(work: Path, claim: Mapping[str, Any]) -> None:
-    file = work / "healing.json"
+    file = work / CLAIM
     if work.exists() and not file.is_file():
         raise CorankError(
             f"{work} is in the way and does not belong to this run; delete it, or choose another directory."

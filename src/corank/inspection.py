@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import tempfile
@@ -18,9 +19,15 @@ from corank.checkpoint import CorankConfig
 from corank.engine.directory import MemorySink
 from corank.engine.passes import prepare
 from corank.engine.site import read_site, stored
-from corank.model import Site, StreamedModel, outline
+from corank.errors import CorankError
+from corank.model import Outline, Site, StreamedModel, outline
 from corank.order import Order
 from corank.report.report import ROLES
+from corank.structured.outcome import rows_of
+from corank.structured.plan import make_plan
+from corank.structured.recipe import Structured
+from corank.structured.shape import BlockShape, matrix_after, shape_of_block
+from corank.structured.task import Task
 
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
 
@@ -37,9 +44,11 @@ def by_role(sites: list[Site]) -> dict[str, list[Site]]:
 def describe(path: Path) -> dict[str, Any]:
     """Architecture, layers, parameters, and one row per role."""
     section = json.loads((path / "config.json").read_text()).get("quantization_config") or {}
-    modules = CorankConfig.from_dict(section).modules if section.get("quant_method") == "corank" else {}
-    config = AutoConfig.from_pretrained(path)
+    ours = CorankConfig.from_dict(section) if section.get("quant_method") == "corank" else CorankConfig()
+    modules, config = ours.modules, AutoConfig.from_pretrained(path)
     plan = outline(config)
+    if ours.shape is not None:
+        plan = _as_stored(plan, config, ours.shape)
     roles = []
     names = {site.name: site for site in plan.sites}
     for role, sites in by_role(list(plan.sites)).items():
@@ -108,6 +117,8 @@ def plan_for(
     order = Order.take(method, budget, scope, settings, data, samples=samples, length=length, seed=seed, batch=batch)
     source = StreamedModel(path, device, to_dtype(dtype))
     tokenizer = load_tokenizer(path) if order.text is not None else None
+    if isinstance(order.recipe, Structured):
+        return _plan_of_blocks(order.task(source, tokenizer, source.stored_dtype, report=watch))
     with tempfile.TemporaryDirectory() as scratch:
         job = order.job(source, tokenizer, MemorySink(), source.stored_dtype, report=watch, scratch=Path(scratch))
         prepared = prepare(job)
@@ -147,3 +158,53 @@ def plan_for(
         "roles": roles,
         "choices": plan.to_dict()["choices"],
     }
+
+
+def _plan_of_blocks(task: Task) -> dict[str, Any]:
+    """What a method would do that takes blocks away or narrows them.
+
+    Raises:
+        CorankError: there is nothing to choose beforehand.
+    """
+    if "residual" in task.recipe.units:
+        raise CorankError(
+            "This method cuts all matrices alike, to the one width that the budget allows; there is nothing to plan."
+        )
+    plan = make_plan(task)
+    rows = rows_of(task, plan, {})
+    roles = []
+    for role, sites in by_role([s for layer in range(task.layers) for s in task.sites(layer)]).items():
+        names = {s.name for s in sites}
+        mine = [row for row in rows if row["name"] in names]
+        widths = [row["rank"] for row in mine if row["kind"] == "narrow"]
+        span = sorted({min(widths), max(widths)}) if widths else []
+        roles.append(
+            {
+                "role": role,
+                "sites": len(mine),
+                "dense": sum(row["kind"] == "dense" for row in mine),
+                "ranks": "–".join(map(str, span)) or "–",
+                "kept": sum(row["params"] for row in mine) / sum(row["params_dense"] for row in mine),
+                "loss": None,
+            }
+        )
+    return {
+        "allocator": task.recipe.allocate if task.recipe.units else "whole blocks",
+        "limit": task.limit,
+        "cost": sum(row["params"] for row in rows),
+        "dense": sum(row["params_dense"] for row in rows),
+        "roles": roles,
+        "choices": {row["name"]: {"kind": row["kind"], **row["becomes"]} for row in rows},
+        "structure": plan.to_dict(),
+    }
+
+
+def _as_stored(plan: Outline, config: Any, shape: Mapping[str, Any]) -> Outline:
+    """The outline of a model whose blocks have widths of their own: that of its configuration, with their matrices."""
+    sites: list[Site] = []
+    for layer, width in enumerate(shape["blocks"]):
+        mine = plan.in_layer(layer)
+        before, after = shape_of_block(config, mine), BlockShape.from_dict(width)
+        sites += [dataclasses.replace(s, shape=matrix_after(s, before, after)) for s in mine]
+    saved = sum(s.numel for s in plan.sites) - sum(s.numel for s in sites)
+    return dataclasses.replace(plan, sites=tuple(sites), parameters=plan.parameters - saved)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,12 @@ from corank.engine.job import Job
 from corank.errors import CorankError
 from corank.evaluate.perplexity import adds_bos
 from corank.model import Calibration, Examples, ResidentModel, Source, Text, calibration, read_text, select_sites
+from corank.probing import training
 from corank.recipe import Recipe, get
+from corank.structured.recipe import Structured
+from corank.structured.task import Task
+from corank.timing import find_device
+from corank.timing.clock import Clock
 
 Data = str | Path | Text | Examples | Sequence[Source] | Sequence[Mapping[str, Any]]
 """Calibration data: a source of text, several to be mixed in equal shares, or batches of model inputs."""
@@ -27,6 +32,18 @@ def _calibration_data(data: Data) -> Text | Examples:
     if isinstance(data, str | Path) or (data and all(isinstance(item, str | Path | Text) for item in data)):
         return read_text(data)  # type: ignore[arg-type]
     return Examples.of(data)  # type: ignore[arg-type]
+
+
+def _check_timed(method: str, recipe: Recipe | Structured) -> None:
+    """A budget of time needs an allocator that goes by the costs of the curves it is given."""
+    if not isinstance(recipe, Recipe):
+        raise CorankError(f"{method} takes blocks or widths away, which is not chosen by time; give keep=... instead.")
+    if recipe.rule is not None:
+        raise CorankError(f"{method} has a rank rule of its own; for a budget of time set allocate=lagrange.")
+    if recipe.share != "none":
+        raise CorankError(f"share={recipe.share} is chosen by parameters; a budget of time needs share=none.")
+    if recipe.allocate in training.FAMILIES:
+        raise CorankError(f"allocate={recipe.allocate} learns sizes; a budget of time needs another, such as lagrange.")
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,7 @@ class Order:
 
     method: str
     settings: dict[str, Any]
-    recipe: Recipe
+    recipe: Recipe | Structured
     budget: Budget | None
     text: Text | Examples | None
     samples: int = 64
@@ -72,9 +89,10 @@ class Order:
         given = any(value is not None for value in budget.values())
         size = budget.get("params") is not None or budget.get("bytes") is not None
         scope = scope or ("model" if size else "sites")
-        limit = Budget.parse(**budget, scope=scope) if given or recipe.rule is None else None
-        needs_text = bool(recipe.statistics) or recipe.sequential or recipe.looks
-        text = _calibration_data(data) if needs_text else None
+        limit = Budget.parse(**budget, scope=scope) if given or recipe.needs_budget else None
+        if limit is not None and limit.latency is not None:
+            _check_timed(method, recipe)
+        text = _calibration_data(data) if recipe.needs_text else None
         return cls(method, {**entry.parameters, **settings}, recipe, limit, text, **rest)
 
     @property
@@ -94,33 +112,57 @@ class Order:
             "seed": self.seed,
         }
 
+    def windows(self, tokenizer: Any) -> Calibration | None:
+        """The calibration data as a model takes them, None if the recipe measures nothing.
+
+        Raises:
+            CorankError: a text too short, or no tokenizer for it.
+        """
+        if self.text is None or isinstance(self.text, Examples):
+            return None if self.text is None else self.text.calibration()
+        if tokenizer is None:
+            raise CorankError("Give tokenizer=..., which calibration needs.")
+        return calibration(tokenizer, self.text, self.samples, self.length, self.seed, bos=adds_bos(tokenizer))
+
     def job(self, source: ResidentModel, tokenizer: Any, sink: Any, dtype: torch.dtype, **rest: Any) -> Job:
         """The engine's job for a model.
 
         Raises:
             CorankError: unknown sites, a text too short, a budget below what is not compressed.
         """
+        assert isinstance(self.recipe, Recipe)
         plan = source.outline
         sites = select_sites(plan.sites, self.recipe.targets, self.recipe.ignore, plan.optional)
-        data = heldout = None
-        if isinstance(self.text, Examples):
-            data = self.text.calibration()
-        elif self.text is not None:
-            if tokenizer is None:
-                raise CorankError("Give tokenizer=..., which calibration needs.")
-            data = calibration(tokenizer, self.text, self.samples, self.length, self.seed, bos=adds_bos(tokenizer))
-            heldout = self._held_out(tokenizer, data) if self.recipe.looks else None
-        limit = None
-        if self.budget is not None:
+        data = self.windows(tokenizer)
+        heldout = None
+        if self.recipe.looks and isinstance(self.text, Text) and data is not None:
+            heldout = self._held_out(tokenizer, data, self.recipe.probe_windows)
+        recipe, limit, clock = self.recipe, None, None
+        if self.budget is not None and self.budget.latency is not None:
+            device = find_device(self.budget.latency_device, dtype)
+            clock = Clock(device, self.budget.latency_batch, self.budget.latency_tokens)
+            limit = clock.limit(sites, self.budget.latency)
+            if recipe.multiple_of == 1:
+                recipe = replace(recipe, multiple_of=device.quantum)
+        elif self.budget is not None:
             inside = sum(s.numel for s in sites)
             limit = self.budget.limit(inside, source.outline.parameters - inside, dtype.itemsize * 8)
-        rest["heldout"] = heldout
-        return Job(source, self.recipe, sites, limit, data, sink, dtype, seed=self.seed, batch=self.batch, **rest)
+        rest |= {"heldout": heldout, "clock": clock}
+        return Job(source, recipe, sites, limit, data, sink, dtype, seed=self.seed, batch=self.batch, **rest)
 
-    def _held_out(self, tokenizer: Any, data: Calibration) -> Calibration:
+    def task(self, source: ResidentModel, tokenizer: Any, dtype: torch.dtype, **rest: Any) -> Task:
+        """The same for a method that takes away blocks or narrows them.
+
+        Raises:
+            CorankError: the model is no chain of blocks, a text too short, protected blocks that it does not have.
+        """
+        assert isinstance(self.recipe, Structured) and self.budget is not None
+        data = self.windows(tokenizer)
+        return Task(source, self.recipe, self.budget, data, dtype, seed=self.seed, batch=self.batch, **rest)
+
+    def _held_out(self, tokenizer: Any, data: Calibration, count: int) -> Calibration:
         """Windows that were not drawn for calibration; some of those that were, if the text has no others."""
         assert isinstance(self.text, Text)
-        count = self.recipe.probe_windows
         fresh: list[int] = []
         with contextlib.suppress(CorankError):  # a longer draw holds the same windows, of every text of a mixture
             drawn = self.samples + count

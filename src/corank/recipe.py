@@ -1,4 +1,4 @@
-"""Recipes: a method is data over the stages of one engine; and the registry of methods.
+"""Recipes: a method is data over the stages of one engine. (The registry of methods is in `corank.registry`.)
 
 A method is a registered function that returns a `Recipe`; its signature is its hyper-parameter schema, from which
 the command line, YAML files and the docs are made:
@@ -10,30 +10,27 @@ the command line, YAML files and the docs are made:
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import importlib
-import inspect
 import math
-import pkgutil
 import re
-import types
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, ClassVar
 
 from corank.budget import ALLOCATORS, MEASURED
 from corank.errors import CorankError, unknown
 from corank.factorize import Factorizer, Geometry, Measured, Spectral, plain
+from corank.registry import _METHODS as _METHODS
+from corank.registry import Method as Method
+from corank.registry import from_yaml as from_yaml
+from corank.registry import get as get
+from corank.registry import methods as methods
+from corank.registry import register as register
+from corank.registry import to_yaml as to_yaml
 from corank.rule import RankChoice as RankChoice
 from corank.rule import Rule
 
 TARGETS = ("dense", "shifted", "anchored", "mixed", "adaptive")
 STARTS = ("target", "dense")
-HEALING = ("none", "block", "kd")
 LABELS = ("data", "sampled", "top5")
 SHARES = ("none", "pairs", "siblings", "layers", "auto")
 
@@ -76,8 +73,9 @@ class Recipe:
         probe_windows: held-out windows on which an allocator that looks at the model compares its predictions.
         trials: whole choices of ranks that allocate=bolaco tries.
         steps: of training, for allocators that learn ranks (ara, dobi-svd).
-        heal: how the result is trained afterwards (`corank.heal.HOW`), "none" for closed forms alone.
+        heal: how the result is trained afterwards (`corank.heal.ways`), "none" for closed forms alone.
         epochs: passes of that training over the calibration text.
+        minutes: its end by the clock, if that comes first; None for none.
         fallback: what to do, with a warning, where gradients cannot be had; None: that is an error.
     """
 
@@ -107,7 +105,34 @@ class Recipe:
     steps: int = 64
     heal: str = "none"
     epochs: float = 2.0
+    minutes: float | None = None
     fallback: Recipe | None = None
+
+    COMMON: ClassVar[tuple[str, ...]] = (
+        "allocate",
+        "currency",
+        "target",
+        "mix",
+        "ridge",
+        "start",
+        "labels",
+        "refit",
+        "alternations",
+        "affine",
+        "pack",
+        "share",
+        "group",
+        "targets",
+        "ignore",
+        "floor",
+        "multiple_of",
+        "probe_windows",
+        "trials",
+        "steps",
+        "heal",
+        "epochs",
+        "minutes",
+    )
 
     def __post_init__(self) -> None:
         if self.allocate not in ALLOCATORS:
@@ -132,10 +157,14 @@ class Recipe:
             raise CorankError("multiple_of must be at least 1, and floor between 0 and 1.")
         if min(self.probe_windows, self.trials, self.steps) < 1:
             raise CorankError("probe_windows, trials and steps must be at least 1.")
-        if self.heal not in HEALING:
-            raise unknown("way to heal", self.heal, HEALING)
+        if self.heal != "none":
+            from corank.heal.way import way  # training is not needed to compress
+
+            way(self.heal)
         if not (self.epochs >= 0 and math.isfinite(self.epochs)):
             raise CorankError("epochs must not be negative.")
+        if self.minutes is not None and not self.minutes > 0:
+            raise CorankError("minutes must be more than zero.")
         if self.share not in SHARES:
             raise unknown("kind of sharing", self.share, SHARES)
         if self.group < 1:
@@ -209,202 +238,19 @@ class Recipe:
         """Whether outputs of the dense model are part of what is to be reproduced."""
         return self.target in ("anchored", "mixed", "adaptive")
 
-
-#: what can be set on any method, besides its own parameters
-COMMON: dict[str, Any] = {
-    f.name: f.default
-    for f in dataclasses.fields(Recipe)
-    if f.name
-    in (
-        "allocate",
-        "currency",
-        "target",
-        "mix",
-        "ridge",
-        "start",
-        "labels",
-        "refit",
-        "alternations",
-        "affine",
-        "pack",
-        "share",
-        "group",
-        "targets",
-        "ignore",
-        "floor",
-        "multiple_of",
-        "probe_windows",
-        "trials",
-        "steps",
-        "heal",
-        "epochs",
-    )
-}
-
-
-@dataclass(frozen=True)
-class Method:
-    """A registered method.
-
-    Attributes:
-        name, family, cite: as registered.
-        build: the function; its signature is the schema.
-    """
-
-    name: str
-    family: str
-    cite: str
-    build: Callable[..., Recipe]
+    @property
+    def needs_text(self) -> bool:
+        """Whether anything is measured on calibration data."""
+        return bool(self.statistics) or self.sequential or self.looks
 
     @property
-    def summary(self) -> str:
-        """First line of the docstring."""
-        return (inspect.getdoc(self.build) or "").split("\n", 1)[0]
+    def needs_budget(self) -> bool:
+        """Whether it has no rule of its own that says how large the result is."""
+        return self.rule is None
 
-    @property
-    def doc(self) -> str:
-        """The docstring of the method and of its file."""
-        module = inspect.getdoc(importlib.import_module(self.build.__module__)) or ""
-        return f"{module}\n\n{inspect.getdoc(self.build) or ''}".strip()
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """Name -> default of the method's own parameters."""
-        return {n: p.default for n, p in inspect.signature(self.build).parameters.items()}
-
-    def recipe(self, **settings: Any) -> Recipe:
-        """The recipe with some parameters, or fields common to all methods, set.
-
-        Strings are converted to the type of the parameter.
-
-        Raises:
-            CorankError: an unknown name, or a value of the wrong type.
-        """
-        hints = typing.get_type_hints(self.build)
-        common_hints = typing.get_type_hints(Recipe)
-        own: dict[str, Any] = {}
-        common: dict[str, Any] = {}
-        for name, value in settings.items():
-            if name in self.parameters:
-                own[name] = _convert(name, value, hints.get(name, str))
-            elif name in COMMON:
-                common[name] = _convert(name, value, common_hints[name])
-            else:
-                raise unknown(f"setting of {self.name!r}", name, [*self.parameters, *COMMON])
-        recipe = self.build(**own)
-        if "allocate" in common:  # an allocator that was asked for replaces the paper's own rule
-            common["rule"] = None
-        if recipe.fallback is not None:
-            common["fallback"] = dataclasses.replace(
-                recipe.fallback, **{k: v for k, v in common.items() if k != "fallback"}
-            )
-        return dataclasses.replace(recipe, **common)
-
-
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    union = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in union):
-        return None
-    first = next(t for t in union if t is not type(None))
-    wanted = typing.get_origin(first) or first
-    try:
-        if wanted is tuple:
-            return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
-        if wanted is bool:
-            table = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-            return value if isinstance(value, bool) else table[str(value).lower()]
-        if wanted is int and isinstance(value, float) and not value.is_integer():
-            raise ValueError
-        return wanted(value) if wanted in (int, float, str) else value
-    except (KeyError, ValueError, TypeError):
-        raise CorankError(f"The setting {name}={value!r} should be of type {wanted.__name__}.") from None
-
-
-_METHODS: dict[str, Method] = {}
-
-
-def register(name: str, *, family: str, cite: str) -> Callable[[Callable[..., Recipe]], Callable[..., Recipe]]:
-    """Register a function that returns a `Recipe` as a method."""
-
-    def decorate(build: Callable[..., Recipe]) -> Callable[..., Recipe]:
-        if name in _METHODS and _METHODS[name].build.__module__ != build.__module__:
-            raise ValueError(f"method {name!r} is registered twice")
-        _METHODS[name] = Method(name, family, cite, build)
-        return build
-
-    return decorate
-
-
-def _discover() -> None:
-    package = importlib.import_module("corank.methods")
-    for module in pkgutil.walk_packages(package.__path__, "corank.methods."):
-        importlib.import_module(module.name)
-
-
-def methods(pattern: str = "*", family: str | None = None) -> list[Method]:
-    """Registered methods whose name matches a glob, e.g. ``methods("svd*")``, in alphabetical order."""
-    _discover()
-    found = [m for n, m in sorted(_METHODS.items()) if fnmatch.fnmatch(n, pattern)]
-    return [m for m in found if family is None or m.family == family]
-
-
-def get(name: str) -> Method:
-    """The method of this name.
-
-    Raises:
-        CorankError: there is none; the nearest names are suggested.
-    """
-    _discover()
-    if name not in _METHODS:
-        raise unknown("method", name, _METHODS)
-    return _METHODS[name]
-
-
-RUN_KEYS = (
-    "method",
-    "set",
-    "keep",
-    "remove",
-    "params",
-    "bytes",
-    "max_perplexity_increase",
-    "heldout",
-    "scope",
-    "samples",
-    "length",
-    "seed",
-    "data",
-    "model",
-)
-
-
-def to_yaml(run: Mapping[str, Any]) -> str:
-    """A run (method, its settings, budget, calibration) as YAML."""
-    return yaml.safe_dump({k: _plain(v) for k, v in run.items() if v is not None}, sort_keys=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def from_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a run back from YAML.
-
-    Raises:
-        CorankError: the file is missing, is not a mapping, or has an unknown key.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise CorankError(f"There is no recipe file {file}.")
-    try:
-        run = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise CorankError(f"{file} is not valid YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(run, dict):
-        raise CorankError(f"{file} should be a mapping with keys such as method, set, keep.")
-    for key in run:
-        if key not in RUN_KEYS:
-            raise unknown(f"key in {file}", str(key), RUN_KEYS)
-    return run
+    def overridden(self, fields: Mapping[str, Any]) -> Recipe:
+        """The same with some fields set; an allocator that is asked for replaces the paper's own rule."""
+        fields = {**fields, "rule": None} if "allocate" in fields else dict(fields)
+        if self.fallback is not None:
+            fields["fallback"] = dataclasses.replace(self.fallback, **fields)
+        return dataclasses.replace(self, **fields)

@@ -61,13 +61,17 @@ def test_the_page_on_fine_tuning(room, monkeypatch, capsys):
         else:
             shell(block)
         ran.append(language)
-    assert ran.count("python") == 6 and ran.count("bash") == 4
+    assert ran.count("python") == 9 and ran.count("bash") == 4
     start, tuned, trained = (corank.load(place)[0] for place in ("small", "tuned", "trained"))
     ranks = {n: m.rank for n, m in start.named_modules() if isinstance(m, FactorizedLinear)}
     grown = {n: m.rank for n, m in tuned.named_modules() if isinstance(m, FactorizedLinear)}
     assert grown and all(rank == ranks[name] + 8 for name, rank in grown.items())
     same = {n: p for n, p in start.named_parameters()}
     assert any(not torch.equal(p, same[n]) for n, p in trained.named_parameters())
+    pruned = [m.rank for m in corank.load("pruned")[0].modules() if isinstance(m, FactorizedLinear)]
+    assert len(pruned) == 14 and set(pruned) == {16}
+    linked = corank.load("linked")[0]
+    assert {n: m.rank for n, m in linked.named_modules() if isinstance(m, FactorizedLinear)} == ranks
     assert namespace["account"].matrices.keys() == {"int8"} and namespace["account"].bits < 11
     assert {p.name for p in room.iterdir()} >= {
         "small",

@@ -14,10 +14,9 @@ from corank import healing
 from corank.errors import CorankError
 from corank.factors import FactorizedLinear
 from corank.factors.shared import SharedLowRankLinear
-from corank.heal import Schedule
-from corank.heal.blocks import refine_blocks
+from corank.heal import Schedule, train
 from corank.heal.distillation import lumped_kl, predictions
-from corank.heal.healing import trainable
+from corank.heal.parameters import trainable
 from corank.heal.training import divide, fit
 from corank.healing import heal
 from corank.model import ResidentModel, Text
@@ -205,17 +204,9 @@ def test_only_the_factors_the_norms_and_the_biases(compressed):
 def test_a_block_that_is_right_already_is_left_alone():
     model = tiny("llama-gqa")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    same, data = tiny("llama-gqa"), windows()
-    histories = refine_blocks(
-        ResidentModel(same),
-        ResidentModel(model),
-        data,
-        lambda block, path: trainable(block, "blocks"),
-        [0, 1, 2, 3],
-        [4, 5],
-        Schedule(epochs=1),
-    )
-    assert all(h.best < 1e-10 for h in histories)
+    same = tiny("llama-gqa")
+    healed = train(ResidentModel(same), ResidentModel(model), windows(), "block", schedule=Schedule(epochs=1))
+    assert healed.after < 1e-10
     assert all(torch.equal(p, before[n]) for n, p in same.named_parameters())
 
 
@@ -237,13 +228,6 @@ def test_a_basis_that_later_blocks_read_is_left_alone_by_block(shared, tmp_path)
     for name in bases:
         assert torch.equal(before.get_submodule(name).down.weight, after.get_submodule(name).down.weight), name
     assert any(not torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters(), strict=True))
-
-
-def test_distillation_trains_a_shared_basis_once(shared, tmp_path):
-    heal(shared, how="kd", out=tmp_path / "healed", **SMALL)
-    before, after = (corank.load(d)[0] for d in (shared, tmp_path / "healed"))
-    name = next(m.basis for m in before.modules() if isinstance(m, SharedLowRankLinear))
-    assert not torch.equal(before.get_submodule(name).down.weight, after.get_submodule(name).down.weight)
 
 
 def test_an_interrupted_healing_goes_on(compressed, tmp_path, monkeypatch):
@@ -271,7 +255,9 @@ def test_an_interrupted_healing_goes_on(compressed, tmp_path, monkeypatch):
         (dict(how="magic"), "block"),
         (dict(what="everything"), "factors"),
         (dict(data="nowhere.txt"), "no text file"),
-        (dict(teacher="other"), "vocabulary|layers"),
+        (dict(teacher="other", how="block"), "another architecture"),
+        (dict(samples=1), "two sequences"),
+        (dict(tests=[TEXT]), "of the text to test with"),
         (dict(out=None), "out=DIRECTORY"),
     ],
 )

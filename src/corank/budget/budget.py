@@ -1,4 +1,4 @@
-"""How much may be kept: one number, said in one of four ways."""
+"""How much may be kept: one number, said in one of four ways; or how much of the time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from corank.errors import CorankError, unknown
 
 SCOPES = ("sites", "model")
+LIMITS = ("keep", "remove", "params", "bytes", "latency")
 
 _BYTE_UNITS = {"": 1, "b": 1}
 _BYTE_UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", start=1)}
@@ -41,13 +42,17 @@ def _fraction(field: str, text: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """A limit on size. Exactly one of the first four is given, always by name: a bare ratio has no meaning.
+    """A limit on size, or on time. Exactly one of the first five is given, always by name: a bare ratio has no meaning.
 
     Attributes:
         keep: fraction of the parameters kept, in (0, 1].
         remove: fraction removed, in [0, 1).
         params: number of parameters.
         bytes: storage in bytes.
+        latency: fraction of the predicted time of the sites, in (0, 1]; see `corank.timing`.
+        latency_batch, latency_tokens: the time of so many sequences with so many new tokens each: 1 is decoding, a longer
+            one the prefill of a prompt.
+        latency_device: where, as `corank.timing.find_device` takes it; None: this machine.
         scope: what is counted, "sites" (the matrices selected for compression) or "model" (everything).
 
     Raises:
@@ -58,17 +63,28 @@ class Budget:
     remove: float | None = None
     params: int | None = None
     bytes: int | None = None
+    latency: float | None = None
+    latency_batch: int = 1
+    latency_tokens: int = 1
+    latency_device: str | None = None
     scope: str = "sites"
 
     def __post_init__(self) -> None:
-        given = [name for name in ("keep", "remove", "params", "bytes") if getattr(self, name) is not None]
+        given = [name for name in LIMITS if getattr(self, name) is not None]
         if len(given) != 1:
             what = f"both {' and '.join(given)}" if given else "none"
-            raise CorankError(f"Give exactly one of keep, remove, params, bytes; got {what}.")
+            raise CorankError(f"Give exactly one of {', '.join(LIMITS)}; got {what}.")
         if self.keep is not None and not 0 < self.keep <= 1:
             raise CorankError(f"keep={self.keep} is outside (0, 1]; to keep 80% write keep=0.8.")
         if self.remove is not None and not 0 <= self.remove < 1:
             raise CorankError(f"remove={self.remove} is outside [0, 1); to remove 20% write remove=0.2.")
+        if self.latency is not None:
+            if not 0 < self.latency <= 1:
+                raise CorankError(f"latency={self.latency} is outside (0, 1]; for 70% of the time write latency=0.7.")
+            if self.latency_batch < 1 or self.latency_tokens < 1:
+                raise CorankError("latency_batch and latency_tokens must be at least 1.")
+            if self.scope != "sites":
+                raise CorankError("A budget of time is of the selected matrices; leave scope=model out.")
         for name in ("params", "bytes"):
             value = getattr(self, name)
             if value is not None:
@@ -96,7 +112,7 @@ class Budget:
             if value is None:
                 continue
             if isinstance(value, str):
-                if name in ("keep", "remove"):
+                if name in ("keep", "remove", "latency"):
                     value = _fraction(name, value)
                 elif name == "params":
                     value = _size(name, value, _COUNT_UNITS, "params=5.4e9, params=90M or params=7B")
@@ -114,8 +130,10 @@ class Budget:
             bits_per_value: storage of one value, 16 for bfloat16 (only ``bytes`` uses it).
 
         Raises:
-            CorankError: if the rest of the model alone is larger than the budget.
+            CorankError: if the rest of the model alone is larger than the budget, or the budget is one of time.
         """
+        if self.latency is not None:
+            raise CorankError("A budget of time says nothing of parameters; corank.timing.Clock counts its nanoseconds.")
         whole = self.scope == "model"
         counted = sites_params + (other_params if whole else 0)
         if self.keep is not None:
@@ -137,7 +155,7 @@ class Budget:
 
     def describe(self) -> str:
         """In words, e.g. ``keep=0.8 of the sites``."""
-        name = next(n for n in ("keep", "remove", "params", "bytes") if getattr(self, n) is not None)
+        name = next(n for n in LIMITS if getattr(self, n) is not None)
         value = getattr(self, name)
         number = f"{value:,}" if name in ("params", "bytes") else f"{value:g}"
         return f"{name}={number} of the {self.scope}"
@@ -145,4 +163,5 @@ class Budget:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; ``Budget(**budget.to_dict())`` gives it back."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        timed = self.latency is not None
+        return {n: value for n, value in values.items() if value is not None and (timed or not n.startswith("latency"))}

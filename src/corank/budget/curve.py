@@ -28,8 +28,8 @@ class Curve:
         shape: (m, n).
         ranks: int64 [K], strictly ascending, from 0 to at most min(m, n).
         loss: float64 [K], predicted loss; NaN where it is not known (enough for `uniform`).
-        cost: int64 [K], stored values, never falling as the rank grows.
-        dense_cost: stored values when dense.
+        cost: int64 [K], stored values, never falling as the rank grows; or nanoseconds (see `priced`).
+        dense_cost: the same when dense.
         role: role of the matrix in its layer (q, k, v, o, gate, up, down, ...); some allocators share a budget among
             the sites of one role. "" is a role like any other.
         layer: index of its layer.
@@ -111,6 +111,16 @@ class Curve:
     def weighted(self, weight: float) -> Curve:
         """The same with every loss multiplied by ``weight`` (the currency of the site)."""
         return replace(self, loss=self.loss * weight)
+
+    def priced(self, cost: Any, dense_cost: int) -> Curve:
+        """The same with costs in another currency, such as nanoseconds, in which the budget is then counted too.
+
+        Args:
+            cost: [K], at every rank; where it falls as the rank grows, the cost of the smaller rank is used.
+            dense_cost: when dense.
+        """
+        rising = np.maximum.accumulate(np.asarray(cost, dtype=np.int64)) if len(self.ranks) else self.cost
+        return replace(self, cost=rising, dense_cost=dense_cost)
 
     def loss_at(self, rank: int | None) -> float:
         """Loss at a rank of the curve, 0 for None (dense)."""

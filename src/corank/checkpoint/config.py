@@ -25,6 +25,8 @@ class CorankConfig(QuantizationConfigMixin):
         files: name of a weight file -> its SHA-256.
         factor_quantization: how many matrices are stored as integers, {"library", "matrices": {"int8": 28, ...}};
             which they are is in `modules`, from which this is made.
+        shape: widths of every block where they differ, {"blocks": [{"channels", "heads", "kv_heads", "head_dim", ...}, ...]};
+            the rest of config.json then describes the blocks before they were narrowed.
         unknown: keys of later minor versions, ignored.
 
     Raises:
@@ -41,6 +43,7 @@ class CorankConfig(QuantizationConfigMixin):
         fingerprint: dict[str, float] | None = None,
         files: dict[str, str] | None = None,
         factor_quantization: dict[str, Any] | None = None,
+        shape: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         quantized = count_quantized(modules or {})
@@ -58,6 +61,7 @@ class CorankConfig(QuantizationConfigMixin):
         self.fingerprint = fingerprint
         self.files = files
         self.factor_quantization = quantized
+        self.shape = shape
 
 
 def count_quantized(modules: dict[str, dict[str, Any]]) -> dict[str, Any] | None:

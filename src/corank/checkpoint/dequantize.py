@@ -6,6 +6,7 @@ from typing import Any
 
 from corank.checkpoint.quantizer import CorankQuantizer, drop_fallback
 from corank.checkpoint.skeleton import restore_dense
+from corank.checkpoint.widths import refuse_narrow
 
 
 def dequantize(model: Any) -> Any:
@@ -20,7 +21,11 @@ def dequantize(model: Any) -> Any:
 
     Returns:
         The same object.
+
+    Raises:
+        CorankError: its blocks have widths that no plain configuration describes.
     """
+    refuse_narrow(getattr(getattr(model.config, "quantization_config", None), "shape", None))
     restore_dense(model)
     if getattr(model, "_weight_conversions", None) == []:
         del model._weight_conversions  # stored as the architecture is used to again

@@ -21,6 +21,7 @@ from corank.checkpoint.config import QUANT_METHOD, CorankConfig, count_quantized
 from corank.checkpoint.integers import need_torchao, plain, ready
 from corank.checkpoint.skeleton import build, collect, factorized, restore_dense
 from corank.checkpoint.verify import check_fingerprint, fingerprint
+from corank.checkpoint.widths import narrow_blocks, refuse_narrow
 from corank.errors import CorankError
 
 FALLBACK_MODULE = "modeling_corank"
@@ -46,6 +47,8 @@ class CorankQuantizer(HfQuantizer):
             )
         if self.quantization_config.factor_quantization:
             need_torchao()
+        if self.quantization_config.shape is not None:
+            narrow_blocks(model, self.quantization_config.shape)
         build(model, self.quantization_config.modules)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
@@ -60,6 +63,7 @@ class CorankQuantizer(HfQuantizer):
             check_fingerprint(model, self.quantization_config.fingerprint or {})
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        refuse_narrow(self.quantization_config.shape)
         restore_dense(model)
         drop_fallback(model.config)
         return model

@@ -48,6 +48,7 @@ def attach(
     recipe: dict[str, Any] | None = None,
     plan: dict[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
+    shape: dict[str, Any] | None = None,
 ) -> CorankConfig:
     """Make `model.save_pretrained` write a corank checkpoint.
 
@@ -56,7 +57,7 @@ def attach(
     Args:
         model: a transformers model with factorized modules.
         modules: name -> spec; None reads them off the model.
-        recipe, plan, provenance: stored as they are; None keeps what the model already carries.
+        recipe, plan, provenance, shape: stored as they are; None keeps what the model already carries.
 
     Returns:
         The config, now at `model.config.quantization_config`.
@@ -71,6 +72,7 @@ def attach(
         recipe=recipe if recipe is not None else kept.recipe,
         plan=plan if plan is not None else kept.plan,
         provenance=provenance if provenance is not None else kept.provenance,
+        shape=shape if shape is not None else kept.shape,
     )
     model.config.quantization_config = config
     model.hf_quantizer = CorankQuantizer(config)
@@ -155,7 +157,9 @@ def save(
         )
     _check_dtypes(model)
     modules = collect(model)
-    if modules:
+    before = getattr(model.config, "quantization_config", None)
+    compressed = bool(modules) or (isinstance(before, CorankConfig) and before.shape is not None)
+    if compressed:
         attach(model, modules, recipe=recipe, plan=plan, provenance=provenance)
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -169,7 +173,7 @@ def save(
             tokenizer.save_pretrained(partial)
         for name, text in (documents or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
-        if modules:
+        if compressed:
             config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
             kept = model.config.quantization_config
             written = finish_directory(
@@ -179,6 +183,7 @@ def save(
                 recipe=kept.recipe,
                 plan=kept.plan,
                 provenance=kept.provenance,
+                shape=kept.shape,
                 fingerprint=kept.fingerprint if kept.fingerprint.keys() == modules.keys() else None,
             )
             kept.fingerprint, kept.files = written.fingerprint, written.files
@@ -201,6 +206,7 @@ def finish_directory(
     plan: dict[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
     fingerprint: dict[str, float] | None = None,
+    shape: dict[str, Any] | None = None,
 ) -> CorankConfig:
     """Turn a directory that holds the weights into a loadable checkpoint; the last step before `publish`.
 
@@ -215,6 +221,7 @@ def finish_directory(
         files: names of the safetensors files, with their SHA-256 if already known; None takes all there are.
         recipe, plan, provenance: stored as they are.
         fingerprint: name -> norm of the factors; None computes it from the files.
+        shape: widths of the blocks, where the config does not say them.
 
     Returns:
         The config as written.
@@ -233,12 +240,12 @@ def finish_directory(
         fingerprint = fingerprint_of_files(weight_files(root), modules)
     _refuse_non_finite(fingerprint)
     section = CorankConfig(
-        modules, recipe=recipe, plan=plan, provenance=provenance, fingerprint=fingerprint, files=known
+        modules, recipe=recipe, plan=plan, provenance=provenance, fingerprint=fingerprint, files=known, shape=shape
     )
     content = dict(config) if isinstance(config, Mapping) else json.loads(config.to_json_string())
     content["quantization_config"] = section.to_dict()
     _untie_config(content, modules)
-    doors = _auto_map(content, modules)
+    doors = {} if shape is not None else _auto_map(content, modules)  # the fallback knows nothing of widths
     if doors:
         content["auto_map"] = {**doors, **(content.get("auto_map") or {})}
         shutil.copyfile(str(modeling_corank.__file__), root / f"{FALLBACK_MODULE}.py")

@@ -20,7 +20,7 @@ def layers_of(model: str) -> int:
 
 
 def parse_settings(pairs: Sequence[str], args: Namespace | None = None) -> dict[str, Any]:
-    """``["alpha=0.3"]`` -> ``{"alpha": "0.3"}``; --targets, --ignore, --heal and --effort are settings too.
+    """``["alpha=0.3"]`` -> ``{"alpha": "0.3"}``; --targets, --ignore, --heal, --minutes and --effort are settings too.
 
     Raises:
         CorankError: a pair has no ``=``.
@@ -34,7 +34,7 @@ def parse_settings(pairs: Sequence[str], args: Namespace | None = None) -> dict[
     for name in ("targets", "ignore"):
         if args is not None and getattr(args, name, None):
             settings[name] = tuple(getattr(args, name).split(","))
-    for name in ("heal", "effort"):
+    for name in ("heal", "minutes", "effort"):
         if args is not None and getattr(args, name, None):
             settings[name] = getattr(args, name)
     return settings

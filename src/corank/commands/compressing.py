@@ -15,6 +15,8 @@ from corank.commands.output import console, emit
 from corank.comparison import compare_methods
 from corank.engine.world import launched, rank, started
 from corank.errors import CorankError
+from corank.heal.overlap import separate
+from corank.model import read_text
 from corank.report.table import comparison_table, print_report
 from corank.watch import Watch
 
@@ -51,15 +53,26 @@ def _compress(args: Namespace) -> int:
     budget = {k: getattr(args, k) for k in ("keep", "remove", "params", "bytes") if getattr(args, k) is not None}
     if args.max_perplexity_increase is not None:
         budget |= {"max_perplexity_increase": args.max_perplexity_increase, "heldout": args.heldout}
-    sizes = ("keep", "remove", "params", "bytes", "max_perplexity_increase", "heldout")
+    timed = {f"latency_{k}": getattr(args, f"latency_{k}") for k in ("batch", "tokens", "device")}
+    if args.budget_latency is not None:
+        budget |= {"latency": args.budget_latency}
+    sizes = ("keep", "remove", "params", "bytes", "max_perplexity_increase", "heldout", "latency", *timed)
     budget = budget or {k: run[k] for k in sizes if k in run}
+    asked = {k: value for k, value in timed.items() if value is not None}
+    if asked and "latency" not in budget:
+        raise CorankError(f"--{min(asked).replace('_', '-')} belongs to --budget-latency, which says how much of the time.")
+    budget |= asked
     settings = {**(file.get("set") or {}), **parse_settings(args.set, args)}
     if not run.get("model"):
         raise CorankError("Name the model to compress: corank compress MODEL --keep 0.8 --out DIR.")
     entry = recipe.get(run["method"])
-    entry.recipe(**settings)  # bad settings are told before anything is loaded
+    chosen = entry.recipe(**settings)  # bad settings are told before anything is loaded
     out = check_target(args.out)
     texts = [] if args.no_eval else read_texts(args.text)
+    data = run["data"]
+    if chosen.heal != "none":  # it learns from the calibration text
+        data = read_text(data)
+        separate(data, [*texts, read_text(budget["heldout"])] if "heldout" in budget else texts)
     watch = Watch(run["method"], layers_of(run["model"]), args.quiet or not first)
     try:
         report = compress_model(
@@ -68,7 +81,7 @@ def _compress(args: Namespace) -> int:
             **budget,
             scope=run["scope"],
             out=out,
-            data=run["data"],
+            data=data,
             samples=run["samples"],
             length=run["length"],
             seed=run["seed"],
@@ -100,7 +113,8 @@ def _compress(args: Namespace) -> int:
         emit(report.to_json())
     else:
         print_report(report, console())
-        print(f"\n{out} is ready: import corank, then AutoModelForCausalLM.from_pretrained({str(out)!r}).")
+        first = "" if report.ordinary else "import corank, then "
+        print(f"\n{out} is ready: {first}AutoModelForCausalLM.from_pretrained({str(out)!r}).")
         print(f"The page with the plots: {out / 'report.html'}")
     return 0
 

@@ -9,6 +9,9 @@ from corank.api import check_target
 from corank.assess import assess, write_documents
 from corank.commands.arguments import read_texts
 from corank.commands.output import console, emit
+from corank.engine.world import launched, rank
+from corank.errors import CorankError
+from corank.heal.overlap import TESTS
 from corank.heal.training import Schedule
 from corank.healing import heal as heal_model
 from corank.healing import told
@@ -19,7 +22,18 @@ from corank.watch import Watch
 
 
 def heal(args: Namespace) -> int:
-    """``corank heal``."""
+    """``corank heal``; under torchrun all processes work, and one speaks."""
+    with launched(args.device) as speaks:
+        try:
+            return _heal(args)
+        except (CorankError, KeyboardInterrupt) as error:
+            if speaks():
+                raise
+            raise SystemExit(2 if isinstance(error, CorankError) else 130) from None
+
+
+def _heal(args: Namespace) -> int:
+    first = rank() == 0
     out = check_target(args.out)
     texts = [] if args.no_eval else read_texts(args.text)
     schedule = Schedule(
@@ -27,9 +41,11 @@ def heal(args: Namespace) -> int:
         minutes=args.minutes,
         learning_rate=args.learning_rate,
         batch=args.batch,
+        accumulate=args.accumulate,
         seed=args.seed or 0,
+        precision=args.precision,
     )
-    watch = _Watch(args.quiet)
+    watch = _Watch(args.quiet or not first)
     try:
         healed = heal_model(
             args.model,
@@ -41,10 +57,14 @@ def heal(args: Namespace) -> int:
             length=args.length or 512,
             what=args.what,
             schedule=schedule,
+            tests=texts or TESTS,
+            device=args.device,
             progress=watch,
         )
     finally:
         watch.close()
+    if not first:
+        return 0
     report = None
     source = Path(args.model) / "report.json"
     if source.is_file():
@@ -70,11 +90,12 @@ def heal(args: Namespace) -> int:
         return 0
     if report is not None and texts:
         print_report(report, console())
-    unit = "nats per token from the dense model" if args.how == "kd" else "of the blocks' output, squared"
     print(
-        f"\n{numbers.count(healed.trained)} parameters trained for {numbers.duration(healed.seconds)}; on held-out sequences "
-        f"{healed.before:.4g} -> {healed.after:.4g} {unit}."
+        f"\n{numbers.count(healed.trained)} parameters healed in {numbers.duration(healed.seconds)}; on held-out sequences "
+        f"{healed.before:.4g} -> {healed.after:.4g} {healed.measure}."
     )
+    for note in healed.notes:
+        print(f"Note: {note}")
     print(f"{out} is ready.")
     return 0
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from corank.errors import CorankError
 from corank.evaluate import sample, speed
 from corank.evaluate.tasks import TaskResults, run_tasks
 from corank.report import numbers
-from corank.report.table import speed_table
+from corank.report.table import prediction_table, speed_table
+from corank.timing import MODES, PAYS, RUNTIMES, anatomy, find_device, predict, stored_dtype
 from corank.watch import Watch
 
 
@@ -107,16 +109,66 @@ def bench(args: Namespace) -> int:
         batches = [int(b) for b in args.batch.split(",")]
     except ValueError:
         raise CorankError(f"--batch takes numbers separated by commas, not {args.batch!r}.") from None
-    models = {"dense": load(args.baseline)[0]} | {Path(m).name: load(m)[0] for m in args.models}
-    rows = speed(
-        models, prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens, batch_sizes=batches, repeats=args.repeats
-    )
-    found = [row.to_json() for row in rows]
+    if args.baseline is None and not args.predict:
+        raise CorankError("Give --baseline, the dense model to compare with, or --predict to time nothing.")
+    if args.device_model is not None and not args.predict:
+        raise CorankError("--device-model is what --predict predicts for; give both.")
+    found: list[dict[str, Any]] = []
+    if args.baseline is not None:
+        models = {"dense": load(args.baseline)[0]} | {Path(m).name: load(m)[0] for m in args.models}
+        rows = speed(
+            models,
+            prompt_tokens=args.prompt_tokens,
+            new_tokens=args.new_tokens,
+            batch_sizes=batches,
+            repeats=args.repeats,
+            predict=args.predict,
+        )
+        found = [row.to_json() for row in rows]
+    expected = []
+    if args.predict and (args.baseline is None or args.device_model is not None):
+        expected = _predictions(args.models, args.device_model, batches, args.prompt_tokens)
     if args.json:
-        emit(found)
-    else:
+        emit({"measured": found, "predicted": expected} if args.predict else found)
+        return 0
+    if found:
         console().print(speed_table(found))
+    if expected:
+        console().print(prediction_table(expected))
+        for line in _verdicts(expected):
+            print(line)
     return 0
+
+
+def _predictions(
+    names: Sequence[str], device: str | None, batches: Sequence[int], context: int
+) -> list[dict[str, Any]]:
+    """Every model in every runtime, beside what it was before it was compressed; from configurations alone."""
+    rows = []
+    for name in names:
+        model = anatomy(name)
+        where = find_device(device, stored_dtype(name))
+        for mode, batch, runtime in itertools.product(MODES, batches, RUNTIMES):
+            if mode == "decode" and not model.causal:
+                continue
+            step = predict(model, where, batch, context, mode, runtime)
+            before = predict(model.dense(), where, batch, context, mode, runtime)
+            speedup = before.seconds / step.seconds if model.factorized else None
+            rows.append({**step.to_json(), "speedup": speedup, "dense_seconds": before.seconds})
+    return rows
+
+
+def _verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of every compressed model, whether it is faster anywhere."""
+    lines = []
+    for name in dict.fromkeys(row["model"] for row in rows if row["speedup"] is not None):
+        best = max((row for row in rows if row["model"] == name), key=lambda row: row["speedup"])
+        where = f"{best['mode']}, batch {best['batch']}, runtime {best['runtime']}"
+        if best["speedup"] < PAYS:
+            lines.append(f"{name}: memory only; at best {best['speedup']:.2f} times as fast as dense ({where}).")
+        else:
+            lines.append(f"{name}: at best {best['speedup']:.2f} times as fast as dense ({where}).")
+    return lines
 
 
 def generate(args: Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 from rich.table import Table
 
 from corank import recipe
+from corank.adaptation import adapters
 from corank.commands.arguments import parse_settings
 from corank.commands.output import console, emit
 from corank.errors import CorankError
 from corank.model import resolve
+from corank.registry import Method
 from corank.report import Report, numbers
 from corank.watch import Watch
 
@@ -89,7 +92,14 @@ def _print_inspection(shown: dict[str, Any]) -> None:
             f"({plan['cost'] / plan['dense']:.1%}), by {plan['allocator']}",
             title_justify="left",
         )
-        for head in ("Role", "Sites", "Stay dense", "Ranks", "Parameters kept", "Predicted relative loss"):
+        for head in (
+            "Role",
+            "Sites",
+            "Stay dense",
+            "Widths" if "structure" in plan else "Ranks",
+            "Parameters kept",
+            "Predicted relative loss",
+        ):
             table.add_column(head, justify="left" if head == "Role" else "right")
         for row in plan["roles"]:
             loss = "–" if row["loss"] is None else numbers.number(row["loss"], 3)
@@ -97,12 +107,16 @@ def _print_inspection(shown: dict[str, Any]) -> None:
                 row["role"], str(row["sites"]), str(row["dense"]), row["ranks"], numbers.percent(row["kept"]), loss
             )
         out.print(table)
+        if structure := plan.get("structure"):
+            gone = ", ".join(map(str, structure["removed"])) or "none"
+            print(f"Blocks that go{' into others' if structure['mixes'] else ''}: {gone}.")
         print("Nothing has been written.")
 
 
 def methods(args: Namespace) -> int:
     """``corank methods``."""
     found = recipe.methods(args.pattern)
+    found += [m for m in adapters().values() if fnmatch.fnmatch(m.name, args.pattern)]
     if not found:
         raise (
             CorankError(f"No method matches {args.pattern!r}; `corank methods` lists them.")
@@ -116,14 +130,9 @@ def methods(args: Namespace) -> int:
                 for m in found
             ]
         )
-    elif len(found) == 1 and args.pattern == found[0].name:
-        method = found[0]
-        print(f"{method.name}  ({method.family}, {method.cite})\n\n{method.doc}\n\nParameters, with --set NAME=VALUE:")
-        for name, value in method.parameters.items():
-            print(f"  {name}={value}")
-        print("Shared by all methods:")
-        for name, value in recipe.COMMON.items():
-            print(f"  {name}={value}")
+    elif {m.name for m in found} == {args.pattern}:  # an adapter may have the name of a method of compression
+        for method in found:
+            _print_method(method)
     else:
         table = Table()
         for head in ("Method", "Family", "Source", "What it does", "Parameters"):
@@ -132,6 +141,18 @@ def methods(args: Namespace) -> int:
             table.add_row(m.name, m.family, m.cite, m.summary, ", ".join(f"{k}={v}" for k, v in m.parameters.items()))
         console().print(table)
     return 0
+
+
+def _print_method(method: Method) -> None:
+    adapts = method.family == "adapters"
+    how = "as keywords of corank.adapters.attach" if adapts else "with --set NAME=VALUE"
+    print(f"{method.name}  ({method.family}, {method.cite})\n\n{method.doc}\n\nParameters, {how}:")
+    for name, value in method.parameters.items():
+        print(f"  {name}={value}")
+    if not adapts:
+        print(f"Shared by all methods of the family {method.family}:")
+    for name, value in method.common.items():
+        print(f"  {name}={value}")
 
 
 def _unknown_method(name: str) -> CorankError:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from corank.engine.world import ALONE, Interrupted, World
 from corank.errors import CorankError
 from corank.jsonfile import read_json, write_json
 from corank.model import Calibration
@@ -41,6 +44,38 @@ def claim(work: Path, identity: Mapping[str, Any]) -> None:
     except OSError as error:
         raise CorankError(f"Cannot create {work}: {error.strerror}.") from None
     write_json(note, identity)
+
+
+@contextlib.contextmanager
+def working(work: Path, target: Path, world: World = ALONE) -> Iterator[None]:
+    """The life of a work directory that has been claimed: it goes when the run is done, or can never be.
+
+    Args:
+        work: the directory.
+        target: what the run is to write, for messages.
+        world: the processes that share the work.
+
+    Raises:
+        Interrupted: the disk is full; the same command goes on from the work directory.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise Interrupted(
+                f"The disk is full; {target} was not written. Free some space and run the same command again: it "
+                f"continues from {work}."
+            ) from None
+        raise
+    except Interrupted:
+        raise
+    except CorankError as error:  # the model or the data are at fault: the same run could not be continued
+        world.fail(error)
+        if world.first:
+            clear(work)
+        raise
+    if world.first:
+        clear(work)
 
 
 def clear(work: Path) -> None:

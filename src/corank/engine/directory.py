@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from corank.model.names import catches, unconverted
 
 SHARD_BYTES = 1 << 29
 """Tensors written at once. Small, because a shard has to be in memory while it is written."""
+
+Lazy = tuple[str, int, Callable[[], Tensor]]
+"""(name, bytes, read) of a tensor to be written."""
 
 
 class DirectorySink:
@@ -86,14 +89,14 @@ class DirectorySink:
         layers = self.source.outline.layers
         return [*range(layers), *([layers] if self._note(layers).is_file() else [])]
 
-    def _tensors(self) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+    def _tensors(self) -> Iterator[Lazy]:
         """(name, bytes, read) of every tensor of the result."""
         around, source = self.source.outline.layers in self._layers(), self.source
         item = self.dtype.itemsize
         shapes = {n: t.numel() for n, t in source.model.state_dict().items()}
         kept = self._as_they_were()
 
-        def stored(name: str, size: int) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+        def stored(name: str, size: int) -> Iterator[Lazy]:
             for key in kept[name]:
                 yield key, size // len(kept[name]), lambda key=key: self._stored(source.stored(key))  # type: ignore[misc]
 
@@ -134,36 +137,50 @@ class DirectorySink:
         Returns:
             their names.
         """
-        target.mkdir(parents=True, exist_ok=True)
-        shards: list[dict[str, int]] = []
-        batch: dict[str, Tensor] = {}
-        size = total = 0
+        return write_shards(self._tensors(), target, shard_bytes)
 
-        def flush() -> None:
-            nonlocal size
-            save_file(batch, target / f"shard-{len(shards)}", metadata={"format": "pt"})
-            shards.append({name: tensor.nbytes for name, tensor in batch.items()})
-            batch.clear()
-            size = 0
 
-        for name, bytes_, read in self._tensors():
-            if batch and size + bytes_ > shard_bytes:
-                flush()
-            batch[name] = read().contiguous()
-            size += bytes_
-        flush()
-        count = len(shards)
-        names = [
-            "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
-        ]
-        for i, name in enumerate(names):
-            (target / f"shard-{i}").rename(target / name)
-            total += sum(shards[i].values())
-        if count > 1:
-            weight_map = {key: names[i] for i in range(count) for key in shards[i]}
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_json(target / "model.safetensors.index.json", index)
-        return names
+def write_shards(tensors: Iterable[Lazy], target: Path, shard_bytes: int = SHARD_BYTES) -> list[str]:
+    """Write safetensors files into a directory, and the index if there are several.
+
+    Args:
+        tensors: (name, bytes, function that reads it), each read when it is written.
+        target: the directory, made if need be.
+        shard_bytes: size of a file; what is in one is in memory while it is written.
+
+    Returns:
+        their names.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, int]] = []
+    batch: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal size
+        save_file(batch, target / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in batch.items()})
+        batch.clear()
+        size = 0
+
+    for name, bytes_, read in tensors:
+        if batch and size + bytes_ > shard_bytes:
+            flush()
+        batch[name] = read().contiguous()
+        size += bytes_
+    flush()
+    count = len(shards)
+    names = [
+        "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
+    ]
+    for i, name in enumerate(names):
+        (target / f"shard-{i}").rename(target / name)
+        total += sum(shards[i].values())
+    if count > 1:
+        weight_map = {key: names[i] for i in range(count) for key in shards[i]}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(target / "model.safetensors.index.json", index)
+    return names
 
 
 def small_files(source: Path, suffixes: tuple[str, ...] = (".json", ".txt", ".jinja")) -> list[Path]:

@@ -17,6 +17,7 @@ from corank.engine.world import ALONE, World
 from corank.model import Calibration, ResidentModel, Site
 from corank.recipe import Recipe
 from corank.statistics import STATISTICS
+from corank.timing.clock import Clock
 
 
 class Sink(Protocol):
@@ -37,7 +38,7 @@ class Job:
         source: the model, resident or streamed.
         recipe: what to do.
         sites: the matrices to compress.
-        limit: parameters allowed over the sites, None if the recipe's own rule needs no budget.
+        limit: parameters allowed over the sites, None if the recipe's own rule needs no budget; with a clock, nanoseconds.
         data: calibration windows, None if the recipe measures nothing.
         sink: where finished blocks go.
         work: directory of the run (resumable), None to keep nothing.
@@ -47,6 +48,7 @@ class Job:
         report: called with (layer, stage, relative error or None).
         world: the processes that share the work.
         heldout: windows on which an allocator that looks at the model judges it.
+        clock: what counts the cost of a rank in time; None: parameters are counted.
     """
 
     source: ResidentModel
@@ -65,6 +67,7 @@ class Job:
     scratch: Path | None = None
     world: World = ALONE
     heldout: Calibration | None = None
+    clock: Clock | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

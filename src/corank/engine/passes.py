@@ -139,12 +139,18 @@ def allocate(
         if job.limit is None:
             raise CorankError("This method needs a budget: give one of --keep, --remove, --params or --bytes.")
         limit, name = job.limit, recipe.allocate
+        timed = job.clock is not None
         every = [curves.get(s.name) or curve_of(recipe, s) for s in job.sites]
         if distances:  # what a layer changes is its importance (ShortGPT's block influence)
             every = [replace(c, importance=_influence(distances, c.layer)) for c in every]
+        if job.clock is not None:
+            every = [job.clock.priced(c, s, kind_of(recipe, s)) for c, s in zip(every, job.sites, strict=True)]
+            job.clock.require(every, limit, recipe.multiple_of)
         looked = look(job, store, every, limit)
         given = {"floor": recipe.floor, "multiple_of": recipe.multiple_of, **looked.options}
         chosen, ranks = grouped(recipe, looked.curves, joint, limit, lambda c: ALLOCATORS[name](c, limit, **given))
+        if timed:  # the plan is kept in parameters, like any other
+            limit = dense
     every = [curves.get(s.name) or curve_of(recipe, s) for s in job.sites]
     every = with_groups(every, [c for c in chosen if c.members])
     full = {c.site: ranks.get(c.site) for c in every}

@@ -21,6 +21,8 @@ from torch import nn
 from corank.errors import CorankError
 from corank.evaluate.bound import Bound, count_flops, measure_bound, synchronize, weight_bytes
 from corank.evaluate.perplexity import context_length, input_device
+from corank.timing import Device, anatomy, this_device
+from corank.timing import predict as predicted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,8 @@ class SpeedRow:
         prefill_bound, decode_bound: fraction of the device's bound reached. It can exceed 1 where the weights
             fit in the caches, which are faster than the memory copy that set the bound.
         bound: the rates of the device, see :class:`~corank.evaluate.bound.Bound`.
+        prefill_predicted, decode_predicted: tokens per second by the time model, None if it was not asked.
+        prefill_floor, decode_floor: fraction reached of what bytes and operations alone would allow, by the time model.
     """
 
     model: str
@@ -64,6 +68,10 @@ class SpeedRow:
     prefill_bound: float
     decode_bound: float
     bound: Bound
+    prefill_predicted: float | None = None
+    decode_predicted: float | None = None
+    prefill_floor: float | None = None
+    decode_floor: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The fields as a dict, ``bound`` as a nested one."""
@@ -91,6 +99,7 @@ def speed(
     warmup: int = 1,
     seed: int = 0,
     bound: Bound | None = None,
+    predict: bool | Device = False,
 ) -> list[SpeedRow]:
     """Time prefill and greedy decoding with the KV cache.
 
@@ -103,6 +112,8 @@ def speed(
         warmup: untimed repeats before them.
         seed: seed of the token ids.
         bound: the device's rates if already measured; else they are measured once per device and dtype.
+        predict: also say what the time model predicts, on this machine's device (measured once, see
+            `corank.timing.this_device`), or on one that is given.
 
     Returns:
         Rows ordered by batch size, then as in ``models``.
@@ -135,7 +146,8 @@ def speed(
         model.eval()
     try:
         with torch.no_grad():
-            return _rows(models, prompt_tokens, new_tokens, batch_sizes, repeats, warmup, seed, bound)
+            rows = _rows(models, prompt_tokens, new_tokens, batch_sizes, repeats, warmup, seed, bound)
+        return rows if predict is False else [_with_prediction(row, models[row.model], predict) for row in rows]
     finally:
         for name, model in models.items():
             model.train(training[name])
@@ -214,6 +226,23 @@ def _row(
         prefill_bound=bound.seconds(prefill_flops, weights) * prefill_rate / (batch * prompt_tokens),
         decode_bound=bound.seconds(decode_flops, weights) * decode_rate / batch,
         bound=bound,
+    )
+
+
+def _with_prediction(row: SpeedRow, model: Any, device: bool | Device) -> SpeedRow:
+    """The row beside what the time model says of eager PyTorch."""
+    found = anatomy(model)
+    if not isinstance(device, Device):
+        floating = [p.dtype for p in model.parameters() if p.dtype.is_floating_point]
+        device = this_device(input_device(model), floating[-1] if floating else torch.float32)
+    prefill = predicted(found, device, row.batch, row.prompt_tokens, "prefill")
+    decode = predicted(found, device, row.batch, row.prompt_tokens + row.new_tokens // 2, "decode")
+    return dataclasses.replace(
+        row,
+        prefill_predicted=prefill.tokens_per_s,
+        decode_predicted=decode.tokens_per_s,
+        prefill_floor=prefill.floor * row.prefill_tokens_per_s / prefill.tokens,
+        decode_floor=decode.floor * row.decode_tokens_per_s / decode.tokens,
     )
 
 

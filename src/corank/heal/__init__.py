@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from corank.heal.healing import HOW, Healed, train
+from corank.heal.healing import Healed, train
 from corank.heal.lora import load_lora, lora_config, merge_lora
+from corank.heal.parameters import WHAT
 from corank.heal.training import Schedule
+from corank.heal.way import Way, ways
 
-__all__ = ["HOW", "Healed", "Schedule", "load_lora", "lora_config", "merge_lora", "train"]
+__all__ = ["WHAT", "Healed", "Schedule", "Way", "load_lora", "lora_config", "merge_lora", "train", "ways"]

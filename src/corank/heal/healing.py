@@ -1,49 +1,48 @@
-"""Every way of training a compressed model towards the dense one, behind one function."""
+"""Every way of bringing a compressed model back towards the dense one, behind one function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from corank.errors import unknown
-from corank.factors import FactorizedLinear
-from corank.heal.blocks import refine_blocks
-from corank.heal.distillation import predictions
-from corank.heal.training import History, Schedule, divide, fit
+from corank.engine.world import ALONE, World
+from corank.errors import CorankError
+from corank.heal.training import History, Schedule, divide
+from corank.heal.way import Case, Progress, Way, way, what_of
 from corank.model import Calibration, ResidentModel
-
-HOW = {
-    "block": "every block learns the dense block's output from the inputs it will really see; local",
-    "kd": "the whole model learns the dense model's distribution of the next token",
-}
-WHAT = ("factors", "blocks")
-Progress = Callable[[str, int, int, float], None]
-"""Called with (what, done, of, loss on held-out sequences)."""
 
 
 @dataclass(frozen=True)
 class Healed:
-    """What training did.
+    """What healing did.
 
     Attributes:
         how: the way.
-        before, after: loss on the held-out sequences; of "block" the mean over the blocks of the relative squared error
-            each had before and after its own training, of "kd" the divergence in nats per token.
+        what: what was trained.
+        measure: what the loss is, for people.
+        before, after: loss on the held-out sequences; of ways that go block by block the mean over the blocks of what each
+            had before and after its own training.
         trained: number of parameters.
-        history: held-out losses, of every block if they were trained one by one.
+        curve: pairs (seconds, loss on the held-out sequences) until then, the one before any training first.
+        history: held-out losses, of every part of the training.
         seconds: of training.
+        notes: sentences for the reader: where training ended early.
     """
 
     how: str
+    what: str
+    measure: str
     before: float
     after: float
     trained: int
+    curve: list[list[float]]
     history: list[dict[str, Any]]
     seconds: float
+    notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -56,13 +55,14 @@ def train(
     data: Calibration,
     how: str = "kd",
     *,
-    what: str = "blocks",
+    what: str | None = None,
     top: int = 256,
     schedule: Schedule | None = None,
     work: Path | None = None,
     progress: Progress = lambda what, done, of, value: None,
+    world: World = ALONE,
 ) -> Healed:
-    """Train a compressed model in memory towards the dense one, in place.
+    """Heal a compressed model in memory, in place.
 
     A tenth of the sequences is held out; the state that is best there is the result, the untouched one included.
 
@@ -70,106 +70,110 @@ def train(
         student: the compressed model.
         teacher: the dense one, resident or streamed.
         data: sequences to learn from.
-        how: a key of `HOW`.
-        what: what is trained: "factors", the factorized matrices with the norms and biases of their blocks, or "blocks",
-            everything in the blocks. Embeddings and head are not.
-        top: tokens of the teacher's predictions that are kept (`kd`).
+        how: name of a way, see `corank.heal.ways`.
+        what: what is trained, one of the choices the way allows (`corank.heal.WHAT`); None: its own.
+        top: tokens of the teacher's predictions that are kept.
         schedule: how long and how fast; None: the default one.
         work: directory to continue from, None: not resumable.
         progress: of training.
+        world: the processes that share the work; all of them call this function.
 
     Raises:
-        CorankError: an unknown `how` or `what`, or fewer than two sequences.
+        CorankError: an unknown `how` or `what`, a teacher of other shapes, nothing to train, or fewer than two sequences.
     """
-    require(how, what)
+    chosen, what = way(how), what_of(how, what)
     schedule = schedule or Schedule()
+    if schedule.learning_rate is None:
+        schedule = replace(schedule, learning_rate=chosen.learning_rate)
     learned, heldout = divide(len(data.ids))
-    blocks = [student.outline.path(i) for i in range(student.outline.layers)]
-    flags = [(p, p.requires_grad) for p in student.model.parameters()]
-    student.model.requires_grad_(False)
+    require_alike(student, teacher, chosen.local)
+    if any(hasattr(part.weight, "qdata") for part in student.model.modules() if isinstance(part, nn.Linear)):
+        raise CorankError("The factors are quantized; heal the model as it was before, and quantize the result.")
+    case = Case(student, teacher, data, learned, heldout, what, schedule, top, work, progress, world)
+    count = sum(p.numel() for p in chosen.parameters(case).values())
+    if not count:
+        raise CorankError(f"This model has nothing that {how} trains ({chosen.summary}); choose another way (how=...).")
+    both = (student.model, teacher.model)
+    flags = [(p, p.requires_grad) for model in both for p in model.parameters()]
+    for model in both:
+        model.requires_grad_(False)
     try:
-        if how == "block":
-            histories = refine_blocks(
-                student,
-                teacher,
-                data,
-                lambda block, path: trainable(block, what),
-                learned,
-                heldout,
-                schedule,
-                state=work,
-                report=lambda done, of, value: progress("blocks", done, of, value),
-            )
-        else:
-            parameters = {
-                f"{path}.{n}": p
-                for path in blocks
-                for n, p in trainable(student.model.get_submodule(path), what).items()
-            }
-            histories = [_distil(student, teacher, data, parameters, learned, heldout, top, schedule, work, progress)]
+        histories = chosen.run(case)
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
-    return Healed(
-        how,
-        before=sum(h.heldout[0] for h in histories) / len(histories),
-        after=sum(h.best for h in histories) / len(histories),
-        trained=sum(p.numel() for path in blocks for p in trainable(student.model.get_submodule(path), what).values()),
-        history=[h.to_json() for h in histories],
-        seconds=sum(h.seconds for h in histories),
-    )
+    return _told(how, what, chosen, histories, count)
 
 
-def _distil(
-    student: ResidentModel,
-    teacher: ResidentModel,
-    data: Calibration,
-    parameters: dict[str, nn.Parameter],
-    learned: Sequence[int],
-    heldout: Sequence[int],
-    top: int,
-    schedule: Schedule,
-    work: Path | None,
-    progress: Progress,
-) -> History:
-    taught = predictions(teacher, data, top, report=lambda done, of: progress("teacher", done, of, float("nan")))
+def require_alike(student: ResidentModel, teacher: ResidentModel, local: bool) -> None:
+    """Check that a teacher can teach a model.
 
-    def loss(which: Sequence[int]) -> Any:
-        ids = data.ids[list(which)].to(student.device)
-        mask = None if data.mask is None else data.mask[list(which)].to(student.device)
-        logits = student.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return taught.divergence(logits, list(which))
-
-    return fit(
-        parameters,
-        loss,
-        learned,
-        heldout,
-        schedule,
-        state=None if work is None else work / "kd.pt",
-        report=lambda done, of, value: progress("distillation", done, of, value),
-    )
-
-
-def require(how: str, what: str) -> None:
-    """Check the two choices.
+    Args:
+        student, teacher: the models.
+        local: blocks are compared with blocks.
 
     Raises:
-        CorankError: one is unknown; the nearest names are suggested.
+        CorankError: they have other tokens; or, for local ways, other layers.
     """
-    if how not in HOW:
-        raise unknown("way to heal", how, HOW)
-    if what not in WHAT:
-        raise unknown("choice of what to train", what, WHAT)
+    mine, other = student.config.get_text_config(), teacher.config.get_text_config()
+    if mine.vocab_size != other.vocab_size:
+        raise CorankError(
+            f"The model knows {mine.vocab_size} tokens and the teacher {other.vocab_size}: they have different vocabularies; "
+            "give the dense model it was made from."
+        )
+    if not local:
+        return
+    if student.outline.whole:
+        raise CorankError("This model does not run block by block, so that nothing local can heal it; use how=kd.")
+    shape = [(c.model_type, c.hidden_size, m.outline.layers) for c, m in ((mine, student), (other, teacher))]
+    if shape[0] != shape[1]:
+        raise CorankError(
+            "The teacher has another architecture, other layers or another width than the model, and this way compares block "
+            "with block; use how=kd, which needs the same vocabulary alone, or give the dense model it was made from."
+        )
 
 
-def trainable(block: nn.Module, what: str) -> dict[str, nn.Parameter]:
-    """Parameters of a block that are trained: name -> parameter; see `heal`."""
-    inside = {n for n, m in block.named_modules() if isinstance(m, FactorizedLinear)}
-    chosen = {}
-    for name, p in block.named_parameters():
-        owner = name.rpartition(".")[0]
-        factor = any(owner == n or owner.startswith(n + ".") for n in inside)
-        if p.is_floating_point() and (what == "blocks" or factor or p.dim() == 1):
-            chosen[name] = p
-    return chosen
+def _told(how: str, what: str, chosen: Way, histories: Sequence[History], count: int) -> Healed:
+    join: Callable[..., Any] = _curve_of_blocks if chosen.by_blocks else _curve_of_parts
+    if chosen.by_blocks:
+        before = sum(h.heldout[0] for h in histories) / len(histories)
+        after = sum(h.best for h in histories) / len(histories)
+        places = [f"block {i}" for i in range(len(histories))]
+    else:
+        before, after = histories[0].heldout[0], histories[-1].best
+        places = [f"part {i + 1}" if len(histories) > 1 else "training" for i in range(len(histories))]
+    return Healed(
+        how,
+        what,
+        chosen.measure,
+        before=before,
+        after=after,
+        trained=count,
+        curve=join(histories),
+        history=[h.to_json() for h in histories],
+        seconds=sum(h.seconds for h in histories),
+        notes=[
+            f"{place}: {h.ended}; the best state until then was kept."
+            for place, h in zip(places, histories, strict=True)
+            if h.ended
+        ],
+    )
+
+
+def _curve_of_parts(histories: Sequence[History]) -> list[list[float]]:
+    """Loss against seconds of trainings that follow each other on the same loss."""
+    points, start = [], 0.0
+    for history in histories:
+        points += [[start + s, v] for s, v in zip(history.clock, history.heldout, strict=True)]
+        start += history.seconds
+    return points
+
+
+def _curve_of_blocks(histories: Sequence[History]) -> list[list[float]]:
+    """Mean loss over the blocks against seconds; those not healed yet count as they were."""
+    now = [h.heldout[0] for h in histories]
+    points, seconds = [[0.0, sum(now) / len(now)]], 0.0
+    for i, history in enumerate(histories):
+        now[i], seconds = history.best, seconds + history.seconds
+        points.append([seconds, sum(now) / len(now)])
+    return points

@@ -60,7 +60,7 @@ def lora_config(
         CorankError: peft is not installed, an unknown place or pattern, a rank below one. `get_peft_model` raises it
             for initialisations and variants (DoRA and others) that need the weight itself, which a product has not.
     """
-    peft = _peft()
+    peft = require_peft()
     if on not in PLACES:
         raise unknown("place for adapters", on, PLACES)
     if r < 1:
@@ -94,7 +94,7 @@ def load_lora(
     Raises:
         CorankError: peft is not installed, there is no LoRA adapter in the directory, or it does not fit the model.
     """
-    peft = _peft()
+    peft = require_peft()
     if not (Path(directory) / "adapter_config.json").is_file():
         raise CorankError(f"{directory} holds no adapter: it has no adapter_config.json.")
     config = peft.PeftConfig.from_pretrained(str(directory))
@@ -126,7 +126,7 @@ def merge_lora(model: PeftModel, keep_rank: bool = False) -> Any:
     Raises:
         CorankError: it has no adapters, or its factors are quantized.
     """
-    peft = _peft()
+    peft = require_peft()
     if not isinstance(model, peft.PeftModel):
         raise CorankError("This model has no adapters to merge; give what peft.get_peft_model returned.")
     base = model.get_base_model()
@@ -231,7 +231,12 @@ def _registered(config: Any) -> Any:
     return config
 
 
-def _peft() -> Any:
+def require_peft() -> Any:
+    """The package peft.
+
+    Raises:
+        CorankError: it is not installed.
+    """
     try:
         import peft
     except ImportError:

@@ -42,7 +42,7 @@ def model_card(
         f"# {shown}, compressed by {report.method}\n",
         _opening(report, base, shown, cite),
         "## How to load it\n",
-        _loading(name),
+        _loading(name, report),
         "## The four numbers\n",
         _changes(("", "Dense", "Compressed", "Kept"), summary.accounting_changes(report)),
         _facts(report),
@@ -55,7 +55,10 @@ def model_card(
             _protocol(report),
         ]
     if report.sites:
-        parts += ["## Where the rank went\n", _grid(summary.role_table(report))]
+        parts += [
+            f"## Where the {'parameters' if report.structure else 'rank'} went\n",
+            _grid(summary.role_table(report)),
+        ]
     if report.speed:
         parts += ["## Speed\n", _grid(summary.speed_table(report.speed))]
     parts += ["## Limits\n", _limits(report), "## To do it again\n", _again(report)]
@@ -83,7 +86,7 @@ def _front_matter(report: Report, base: str | None, cite: str | None, license: s
     if base is not None:
         fields["base_model"] = base
         fields["base_model_relation"] = "quantized"  # the hub's word for a compressed derivative
-    tags = ["corank", "low-rank", "compressed", report.method]
+    tags = ["corank", "pruned" if report.structure else "low-rank", "compressed", report.method]
     arxiv = _ARXIV.match(cite.strip()) if cite else None
     if arxiv:
         tags.append(f"arxiv:{arxiv.group(1)}")
@@ -104,15 +107,36 @@ def _opening(report: Report, base: str | None, shown: str, cite: str | None) -> 
     source = f" ([{cite}](https://arxiv.org/abs/{arxiv.group(1)}))" if arxiv else f" ({cite})" if cite else ""
     budget = summary.settings(report.budget)
     return (
-        f"{model} with its weight matrices replaced by factors of lower rank, computed with "
-        f"`corank` {report.corank}".rstrip()
+        f"{model} {_done(report)}, computed with `corank` {report.corank}".rstrip()
         + f" by the method `{summary.call(report.method, report.parameters)}`{source}"
         + (f" under the budget `{budget}`" if budget else "")
         + ".\n"
     )
 
 
-def _loading(name: str) -> str:
+def _done(report: Report) -> str:
+    """What was done to the model, in a few words."""
+    structure = report.structure
+    if not structure:
+        return "with its weight matrices replaced by factors of lower rank"
+    removed, merged = len(structure["removed"]), bool(structure["merged"])
+    layers = removed + len(structure["kept"])
+    gone = f"{removed} of its {layers} blocks {'merged into their neighbours' if merged else 'taken away'}"
+    parts = [gone] if removed else []
+    parts += ["its blocks made narrower"] if structure["blocks"] else []
+    return "with " + (" and ".join(parts) or "all its blocks as they were")
+
+
+def _loading(name: str, report: Report) -> str:
+    if report.ordinary:
+        return (
+            "It is an ordinary checkpoint; whatever loads models of this architecture loads it.\n\n"
+            "```python\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n"
+            "```\n"
+        )
     return (
         "```bash\npip install corank\n```\n\n"
         "```python\n"
@@ -121,8 +145,12 @@ def _loading(name: str) -> str:
         f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n"
         "```\n\n"
-        "Without `import corank` loading fails, or falls back to the module in this directory with "
-        "`trust_remote_code=True`; it never gives random weights in silence.\n"
+        + (
+            "Without `import corank` loading fails; it never gives random weights in silence.\n"
+            if report.structure
+            else "Without `import corank` loading fails, or falls back to the module in this directory with "
+            "`trust_remote_code=True`; it never gives random weights in silence.\n"
+        )
     )
 
 
@@ -227,7 +255,9 @@ def _again(report: Report) -> str:
         else "",
         _healed(report),
         f"```json\n{text}\n```\n",
-        "The plan, a kind and a rank for every site, is in `config.json` under `quantization_config`, with the SHA-256 of "
+        "What became of every block is in `report.json`, with all numbers.\n"
+        if report.structure
+        else "The plan, a kind and a rank for every site, is in `config.json` under `quantization_config`, with the SHA-256 of "
         "the weight files (`corank verify` checks them). All numbers, site by site, are in `report.json`.\n",
     ]
     return "\n".join(part for part in parts if part)

@@ -53,6 +53,18 @@ def loss_headline(sites: Sequence[Mapping[str, Any]]) -> str:
     return f"{where} loses most, {most}; factored sites {average} on average"
 
 
+def healing_headline(steps: Sequence[Mapping[str, Any]]) -> str:
+    """What healing won back on held-out sequences. ``steps``: with how, before, after, seconds."""
+    parts = []
+    for step in steps:
+        before, after, spent = step["before"], step["after"], numbers.duration(step["seconds"])
+        if numbers.finite(before) and numbers.finite(after) and before > 0 and after < before:
+            parts.append(f"{step['how']} takes {100 * (1 - after / before):.0f}% off the loss in {spent}")
+        else:
+            parts.append(f"{step['how']} finds nothing better in {spent}")
+    return "Healing with " + ", then ".join(parts)
+
+
 def pareto_headline(points: Sequence[tuple[str, float, float]], text: str) -> str:
     """Which method has the lowest perplexity, and where. ``points``: (method, kept, perplexity ratio)."""
     finite = [p for p in points if math.isfinite(p[2])]

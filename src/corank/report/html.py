@@ -21,6 +21,7 @@ _CAPTIONS = {
     "spectra": "Relative loss against rank, by role. Curves that fall early are cheap to factorize.",
     "rank_map": "Parameters kept by role and layer, in per cent.",
     "loss_by_layer": "Relative loss of each factored site, ‖L(W − W′)S‖ / ‖LWS‖.",
+    "healing": "Loss on sequences held out from healing, against the minutes spent.",
     "pareto": "Perplexity against parameters kept. Lower and further left is better.",
 }
 

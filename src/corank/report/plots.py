@@ -28,14 +28,20 @@ from corank.report.canvas import (
     svg,
     times_label,
 )
-from corank.report.headlines import loss_headline, pareto_headline, rank_map_headline, spectra_headline
+from corank.report.headlines import (
+    healing_headline,
+    loss_headline,
+    pareto_headline,
+    rank_map_headline,
+    spectra_headline,
+)
 from corank.report.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["figures", "loss_by_layer", "pareto", "rank_map", "save", "spectra", "svg"]
+__all__ = ["figures", "healing", "loss_by_layer", "pareto", "rank_map", "save", "spectra", "svg"]
 
 _MOST_PANELS = 12
 
@@ -243,10 +249,36 @@ def pareto_points(points: Mapping[str, Sequence[tuple[str, float, float]]], *, d
     return figure
 
 
+def healing(report: Report, *, dark: bool = False) -> Figure:
+    """Loss on held-out sequences against minutes of healing: a panel for every time the model was healed.
+
+    Raises:
+        CorankError: the model was not healed, or matplotlib is missing.
+    """
+    theme = DARK if dark else LIGHT
+    told = [step for step in report.extra.get("healing") or [] if isinstance(step, Mapping) and step.get("curve")]
+    if not told:
+        raise CorankError("This report tells of no healing; `corank heal` writes what there is to draw.")
+    figure = blank_figure(max(5.5, 3.6 * len(told) + 1.2), 3.6, theme)
+    row = figure.subplots(1, len(told), squeeze=False)[0]
+    for index, (axes, step) in enumerate(zip(row, told, strict=True)):
+        points = [(seconds / 60, loss) for seconds, loss in step["curve"] if numbers.finite(loss)]
+        axes.plot(*zip(*points, strict=True), linewidth=1.6, markersize=4.5, **line_look(index))
+        axes.axhline(step["after"], color=theme.text, linewidth=0.8, linestyle=":")
+        style_axes(axes, theme)
+        axes.set_title(str(step.get("how")), fontsize=11, color=theme.text, pad=4)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("minutes (dotted: what is kept)", fontsize=11, color=theme.text)
+        axes.set_ylabel(str(step.get("measure", "loss")), fontsize=10, color=theme.text)
+    headline(figure, healing_headline(told), theme)
+    return figure
+
+
 def figures(report: Report, *, dark: bool = False) -> dict[str, Figure]:
     """All plots of one report that its numbers allow: name -> figure."""
     drawn: dict[str, Figure] = {}
-    for name, draw in (("spectra", spectra), ("rank_map", rank_map), ("loss_by_layer", loss_by_layer)):
+    drawings = (("spectra", spectra), ("rank_map", rank_map), ("loss_by_layer", loss_by_layer), ("healing", healing))
+    for name, draw in drawings:
         blank_figure(1, 1, LIGHT)  # a missing matplotlib is an error, a missing curve is not
         try:
             drawn[name] = draw(report, dark=dark)

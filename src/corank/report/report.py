@@ -102,6 +102,16 @@ class Report:
         parts = [s.get("predicted_nats") for s in self.sites if s["kind"] != "dense"]
         return sum(p for p in parts if p is not None) if parts and all(p is not None for p in parts) else None
 
+    @property
+    def structure(self) -> Mapping[str, Any]:
+        """What became of the blocks, of a method that takes them away or narrows them; else empty."""
+        return self.extra.get("structure") or {}
+
+    @property
+    def ordinary(self) -> bool:
+        """Whether the result is a checkpoint that needs nothing of corank to be loaded."""
+        return self.structure.get("class") in ("N0", "N1")
+
     def save(self, path: str | Path) -> Path:
         """Write the JSON file, atomically, and return its path."""
         return write_json(path, self.to_json())

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from corank.report import numbers
 from corank.report.report import ACCOUNTS, Report
+from corank.timing import PAYS
 
 LABELS = {
     "sites": "Parameters over sites",
@@ -92,6 +93,8 @@ def facts(report: Report) -> list[tuple[str, str]]:
     if nats is not None:
         predicted = f"+{numbers.number(nats, 3)} nats per token, perplexity {numbers.ratio(math.exp(min(nats, 700.0)))}"
         rows.append(("Predicted", f"{predicted}, on text like the calibration text"))
+    if latency := report.accounting.get("latency"):
+        rows.append(("Predicted speed", predicted_speed(latency)))
     broken = break_even(report)
     if broken:
         rows.append(("Break-even rank", broken))
@@ -103,6 +106,15 @@ def facts(report: Report) -> list[tuple[str, str]]:
     if report.seed is not None:
         rows.append(("Seed", str(report.seed)))
     return rows
+
+
+def predicted_speed(latency: Mapping[str, Any]) -> str:
+    """What a budget of time is predicted to come to: the speed-up of the matrices, or that there is none."""
+    device = latency["device"]
+    step = "decode" if latency["tokens"] == 1 else f"prefill of {latency['tokens']} tokens"
+    where = f"{step}, batch {latency['batch']}, {device['name']}{', assumed figures' if device['assumed'] else ''}"
+    grown = f"{numbers.ratio(latency['speedup'])} for the matrices ({where})"
+    return grown if latency["speedup"] >= PAYS else f"memory only: {grown}"
 
 
 def break_even(report: Report) -> str:
@@ -193,6 +205,7 @@ def comparison_table(reports: Sequence[Report]) -> Table:
 def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Rows of ``evaluate.speed`` (as dicts): rates, ratio to the first model with its range, bound."""
     body = []
+    predicted = any(row.get("decode_predicted") is not None for row in rows)
     for row in rows:
         cells = [str(row.get("model", "")), str(row.get("batch", ""))]
         for kind in ("prefill", "decode"):
@@ -201,11 +214,38 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             if low is not None and high is not None and low != high:
                 grown += f" ({low:.2f}–{high:.2f})"
             cells += [numbers.number(rate, 3), grown, numbers.percent(row.get(f"{kind}_bound"), 0)]
+            expected = row.get(f"{kind}_predicted")
+            cells += [] if not predicted else [numbers.number(expected, 3), numbers.percent(row.get(f"{kind}_floor"), 0)]
         weights = numbers.size(row.get("weight_bytes"), 3)
         body.append((*cells, weights, numbers.count(row.get("decode_flops_per_token"), 3)))
-    rates = ("Prefill tok/s", "ratio (range)", "of bound", "Decode tok/s", "ratio (range)", "of bound")
+    rates: tuple[str, ...] = ("Prefill tok/s", "ratio (range)", "of bound", "Decode tok/s", "ratio (range)", "of bound")
+    if predicted:
+        rates = (*rates[:3], "predicted tok/s", "of floor", *rates[3:], "predicted tok/s", "of floor")
     head = ("Model", "Batch", *rates, "Weights read", "FLOPs per token")
-    return Table("Speed", head, body, droppable=(9, 8, 4, 7))
+    return Table("Speed", head, body, droppable=(13, 12, 4, 9) if predicted else (9, 8, 4, 7))
+
+
+def prediction_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows of the time model: the time of a step, how much faster than dense, and what part of it is not launches."""
+    body: list[tuple[str, ...]] = [
+        (
+            str(row["model"]),
+            f"{row['mode']}, {row['context']}",
+            str(row["batch"]),
+            str(row["runtime"]),
+            f"{1e3 * row['seconds']:.3g}",
+            numbers.ratio(row["speedup"]) if row["speedup"] is not None else numbers.DASH,
+            f"{1e3 * row['floor_seconds']:.3g}",
+            numbers.percent(row["fraction_of_floor"], 0),
+            f"{row['launches']:.0f}",
+            numbers.size(row["bytes"], 3),
+        )
+        for row in rows
+    ]
+    device = rows[0]["device"]
+    known = f"{device['name']}, {device['dtype']}" + (", assumed figures" if device["assumed"] else "")
+    heads = ("Step, context", "Batch", "Runtime", "ms", "over dense", "floor ms", "of floor", "Launches", "Bytes moved")
+    return Table(f"Predicted on {known}", ("Model", *heads), body, numeric=4, droppable=(9, 8, 6))
 
 
 def rank_text(site: Mapping[str, Any]) -> str:

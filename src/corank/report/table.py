@@ -50,6 +50,11 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> FittedTable:
     return FittedTable(summary.speed_table(rows))
 
 
+def prediction_table(rows: Sequence[Mapping[str, Any]]) -> FittedTable:
+    """Rows of ``corank.timing.predict`` (as dicts, with ``speedup``)."""
+    return FittedTable(summary.prediction_table(rows))
+
+
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print all there is to say about one report: summary, facts, roles, speed, warnings."""
     parts: list[Any] = [summary_table(report)]
