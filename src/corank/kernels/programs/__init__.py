@@ -1,0 +1,1 @@
+"""The Triton programs; only imported where Triton is installed and one is about to be launched."""

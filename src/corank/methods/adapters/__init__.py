@@ -1,0 +1,1 @@
+"""Adapters for fine-tuning: one file per published method."""

@@ -1,0 +1,1 @@
+"""Methods that take away whole blocks, or channels and heads inside them."""

@@ -1,0 +1,1 @@
+"""Methods whose result is a smaller model of the same architecture."""

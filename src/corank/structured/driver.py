@@ -1,0 +1,308 @@
+"""From a structured recipe to a smaller model: choose blocks, choose widths, narrow, renumber, describe, write.
+
+The blocks are visited at most three times, one at a time in memory: to choose which of them go, to measure what their widths
+depend on, and to narrow those that stay. A model on disk is written block by block; one in memory is changed in place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from corank import checkpoint
+from corank.account import document, provenance, with_bytes
+from corank.checkpoint.skeleton import collect
+from corank.engine.claim import claim, files_key, working
+from corank.engine.directory import copy_companions, small_files, write_shards
+from corank.engine.store import torch_dtype_name
+from corank.evaluate import PeakMemory
+from corank.jsonfile import read_json, write_json
+from corank.model import ResidentModel, StreamedModel
+from corank.model.outline import model_class
+from corank.order import Order
+from corank.report import Report
+from corank.structured import native
+from corank.structured.block import Block, Narrowed
+from corank.structured.directory import BlockFiles
+from corank.structured.native import Native
+from corank.structured.outcome import Outcome, report_of
+from corank.structured.plan import Plan, make_plan, narrow_all
+from corank.structured.recipe import Selection, Structured
+from corank.structured.residual import slice_residual
+from corank.structured.rotation import head_size, keep_pairs
+from corank.structured.shape import BlockShape, Shape
+from corank.structured.task import Task
+
+Progress = Callable[[int, str, float | None], None]
+
+
+def compress_resident(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    name: str,
+    order: Order,
+    target: Path | None,
+    progress: Progress,
+    companions: Path | None = None,
+) -> Report:
+    """Compress a model in memory, in place, and write it to `target` if there is one.
+
+    Args:
+        model: its list of blocks is replaced; its configuration is changed along with it.
+        tokenizer: for calibration, and to be saved.
+        name: for the report.
+        order: what was asked for.
+        target: directory, absent or empty, or None.
+        progress: called with (layer, stage, None).
+        companions: directory whose small files are copied beside the weights.
+
+    Raises:
+        CorankError: bad input.
+    """
+    source = ResidentModel(model, example=order.example)
+    task = order.task(source, tokenizer, source.dtype, report=progress)
+    if "residual" in task.recipe.units:
+        return _compress_residual(task, tokenizer, name, order, target, companions)
+    parameters = source.outline.parameters
+    with PeakMemory() as memory:
+        plan = make_plan(task)
+        before = [_size(source.model.get_submodule(source.outline.path(i))) for i in range(task.layers)]
+        narrowed = narrow_all(task, plan, lambda block, made: None)
+        _merge(source, plan)
+        blocks = [source.model.get_submodule(source.outline.path(i)) for i in plan.kept]
+        source.model.set_submodule(source.outline.blocks, nn.ModuleList(blocks))
+        _renumber(blocks)
+        if plan.widths and plan.widths[0].pairs:
+            keep_pairs(model, head_size(model.config), plan.widths[0].pairs)
+    modules = collect(model)
+    shape = Shape(plan.kept, plan.widths)
+    sizes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    if not model.config.architectures:  # a model that has never been saved
+        model.config.architectures = [type(model).__name__]
+    described = native.describe(model.config, shape, sizes, factors=bool(modules))
+    for key, size in described.zeros.items():
+        owner = model.get_submodule(key.removesuffix(".bias"))
+        weight: Any = owner.weight
+        owner.bias = nn.Parameter(weight.new_zeros(size), requires_grad=False)
+    parameters += sum(map(_size, blocks)) - sum(before)
+    outcome = Outcome(plan, narrowed, described, parameters)
+    report = report_of(name, order, task, outcome, memory.peak_bytes)
+    ordinary = described.kind in ("N0", "N1")
+    own = type(described.config) is type(model.config)
+    _adopt(model, described.config if own else native.base(model.config, shape))
+    if not ordinary or not own:  # only through the door can the class that it has be loaded again
+        stays = described if not ordinary else dataclasses.replace(described, kind="N2")
+        checkpoint.attach(model, modules, shape=native.door(stays, shape), **provenance(order, report, plan.to_dict()))
+    if target is None:
+        return report
+    exported = _as_described(model, described) if ordinary else model
+    documents = {} if companions is None else {f.name: f.read_text() for f in small_files(companions)}
+    checkpoint.save(exported, tokenizer, target, documents=documents)
+    report = with_bytes(report, target, source.outline, source.dtype)
+    document(report, target)
+    return report
+
+
+def _compress_residual(
+    task: Task, tokenizer: Any, name: str, order: Order, target: Path | None, companions: Path | None
+) -> Report:
+    """Cut the residual stream of a model in memory, in place, and write it."""
+    model = task.source.model
+    with PeakMemory() as memory:
+        sliced = slice_residual(task)
+        model.to(dtype=task.dtype)
+    kept = tuple(range(task.layers))
+    sizes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    described = native.describe(model.config, Shape(kept), sizes)
+    plan = Plan(Selection(()), kept)
+    outcome = Outcome(plan, {}, described, _size(model), sliced)
+    report = report_of(name, order, task, outcome, memory.peak_bytes)
+    if target is None:
+        return report
+    exported = _as_described(model, described)
+    documents = {} if companions is None else {f.name: f.read_text() for f in small_files(companions)}
+    checkpoint.save(exported, tokenizer, target, documents=documents)
+    report = with_bytes(report, target, task.source.outline, task.dtype)
+    document(report, target)
+    return report
+
+
+def _adopt(model: PreTrainedModel, config: Any) -> None:
+    """Give the configuration that a model and its parts share the content of another."""
+    for mine, other in ((model.config, config), (model.config.get_text_config(), config.get_text_config())):
+        known = vars(mine)
+        for key, value in vars(other).items():
+            part = key.startswith("_") or hasattr(value, "to_dict")  # a configuration inside this one has its own turn
+            if not part and (key == "head_dim" or key in known) and known.get(key) != value:
+                setattr(mine, key, value)
+
+
+def _as_described(model: PreTrainedModel, described: Native) -> PreTrainedModel:
+    """The same tensors in a model of the class that the new configuration names; nothing is copied."""
+    config = described.config
+    with torch.device("meta"):
+        made = model_class(config)(config)
+    made.load_state_dict(model.state_dict(), strict=True, assign=True)
+    made.tie_weights()
+    if getattr(model, "generation_config", None) is not None:
+        made.generation_config = model.generation_config
+    return made
+
+
+def _merge(source: ResidentModel, plan: Plan) -> None:
+    """Replace matrices of blocks by means over the blocks that are merged into them."""
+    outline = source.outline
+    for into, mix in plan.selection.mixes.items():
+        for site in outline.in_layer(into):
+            inside = outline.local(site)
+            parts = {i: source.model.get_submodule(f"{outline.path(i)}.{inside}") for i in mix}
+            for leaf, parameter in parts[into].named_parameters():
+                mixed = sum(share * parts[i].get_parameter(leaf).detach().double() for i, share in mix.items())
+                with torch.no_grad():
+                    parameter.copy_(mixed)  # type: ignore[arg-type]
+
+
+def _renumber(blocks: list[nn.Module]) -> None:
+    """Tell every part of a block its new number, under which it finds its place in the cache."""
+    for number, block in enumerate(blocks):
+        for part in block.modules():
+            for attribute in ("layer_idx", "layer_id"):
+                if isinstance(part.__dict__.get(attribute), int):
+                    setattr(part, attribute, number)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def compress_streamed(
+    source: StreamedModel, tokenizer: Any, name: str, order: Order, target: Path, progress: Progress
+) -> Report:
+    """Compress a model from disk to disk, one block at a time in memory.
+
+    Args:
+        source: the model.
+        tokenizer: for calibration.
+        name: for the report.
+        order: what was asked for.
+        target: directory to write, absent or empty.
+        progress: called with (layer, stage, None).
+
+    Raises:
+        CorankError: bad input; nothing has been written. An interrupted run goes on from ``<target>.partial``.
+    """
+    if (
+        isinstance(order.recipe, Structured) and "residual" in order.recipe.units
+    ):  # it changes what lies around the blocks
+        whole, _ = checkpoint.load(source.path, dtype=source.dtype, device=str(source.device), tokenizer=False)
+        resident = ResidentModel(whole, example=order.example)
+        task = order.task(resident, tokenizer, source.stored_dtype, report=progress)
+        return _compress_residual(task, tokenizer, name, order, target, source.path)
+    work = target.with_name(target.name + ".partial")
+    task = order.task(source, tokenizer, source.stored_dtype, report=progress)
+    key = files_key(source.path)
+    identity = {**order.identity(), "batch": order.batch, "model": key, "dtype": torch_dtype_name(source.dtype)}
+    claim(work, identity)
+    files = BlockFiles(work, source, source.stored_dtype)
+    final = work / "checkpoint"
+    with working(work, target):
+        with PeakMemory() as memory:
+            plan = _planned(work, task)
+            dense = [_size(source.model.get_submodule(source.outline.path(i))) for i in range(task.layers)]
+            sizes = {key: tuple(tensor.shape) for key, tensor in source.model.state_dict().items()}
+            narrowed, notes = _narrow_to_files(task, plan, files)
+            outcome, modules = _described(task, plan, narrowed, notes, sizes, dense)
+            with task.stage("write"):
+                shutil.rmtree(final, ignore_errors=True)
+                tensors = files.tensors(plan.kept, plan.selection.mixes, outcome.described.zeros)
+                written = write_shards(tensors, final)
+                copy_companions(source.path, final)
+        report = report_of(name, order, task, outcome, memory.peak_bytes)
+        config = outcome.described.config
+        if outcome.described.kind in ("N0", "N1"):
+            config.architectures = [model_class(config).__name__]
+            config.dtype = source.stored_dtype
+            config.save_pretrained(final)
+        else:
+            shape = native.door(outcome.described, Shape(plan.kept, plan.widths))
+            said = provenance(order, report, plan.to_dict())
+            checkpoint.finish_directory(final, config, modules, written, shape=shape, **said)
+        report = with_bytes(report, final, source.outline, source.stored_dtype)
+        document(report, final)
+        checkpoint.publish(final, target)
+        return report
+
+
+def _planned(work: Path, task: Task) -> Plan:
+    """The plan of an interrupted run, or a new one."""
+    file = work / "plan.json"
+    if not file.is_file():
+        write_json(file, make_plan(task).to_dict())
+    return Plan.from_dict(read_json(file))
+
+
+def _narrow_to_files(
+    task: Task, plan: Plan, files: BlockFiles
+) -> tuple[dict[int, Narrowed], dict[int, dict[str, Any]]]:
+    """Narrow the blocks that an interrupted run has not finished, and write them."""
+
+    def put(block: Block, made: Narrowed) -> None:
+        tensors = {name: list(tensor.shape) for name, tensor in block.module.state_dict().items()}
+        note = {
+            "losses": dict(made.losses),
+            "tensors": tensors,
+            "parameters": _size(block.module),
+            "modules": collect(block.module),
+        }
+        files.put(block.layer, block.module, note)
+
+    def done(block: Block, target: BlockShape) -> Narrowed | None:
+        note = files.note(block.layer)
+        if note is None or (task.recipe.sequential and block.stream is not None):
+            return None  # what follows needs what this block has become
+        return Narrowed(target, note["losses"])
+
+    narrowed = narrow_all(task, plan, put, done)
+    notes = {layer: note for layer in plan.kept if (note := files.note(layer)) is not None}
+    return narrowed, notes
+
+
+def _described(
+    task: Task,
+    plan: Plan,
+    narrowed: Mapping[int, Narrowed],
+    notes: Mapping[int, Mapping[str, Any]],
+    sizes: native.Sizes,
+    dense: list[int],
+) -> tuple[Outcome, dict[str, dict[str, Any]]]:
+    """The result as its tensors describe it, and the specs of its factorized modules.
+
+    Args:
+        sizes: tensors of the source.
+        dense: parameters of its blocks.
+    """
+    outline = task.source.outline
+    after = {name: size for name, size in sizes.items() if not outline.inside(name)}
+    parameters = outline.parameters - sum(dense)
+    modules: dict[str, dict[str, Any]] = {}
+    for new, old in enumerate(plan.kept):
+        path = f"{outline.path(new)}."
+        if old in notes:
+            after |= {path + name: tuple(shape) for name, shape in notes[old]["tensors"].items()}
+            modules |= {path + name: spec for name, spec in notes[old]["modules"].items()}
+            parameters += notes[old]["parameters"]
+        else:
+            before = f"{outline.path(old)}."
+            after |= {path + n.removeprefix(before): s for n, s in sizes.items() if n.startswith(before)}
+            parameters += dense[old]
+    shape = Shape(plan.kept, plan.widths)
+    described = native.describe(task.source.config, shape, after, factors=bool(modules))
+    parameters += sum(torch.Size(size).numel() for size in described.zeros.values())
+    return Outcome(plan, narrowed, described, parameters), modules
