@@ -8,7 +8,7 @@ import sys
 
 import benchmarks
 
-PARTS = ("__main__", "hardware", "cells", "rounds", "shapes")
+PARTS = ("__main__", "hardware", "cells", "rounds", "shapes", "speed_report", "stopwatch")
 """Modules that benchmarks are made of."""
 
 

@@ -62,6 +62,7 @@ class Protocol:
     length: int
     windows: int
     known: str
+    held_out: str
     other: str
     seed: int = 0
 
@@ -188,7 +189,7 @@ def make_row(protocol: Protocol, place: str, method: str, task: str, rate: float
     """Train one adapter on one task, and measure."""
     torch.manual_seed(protocol.seed)
     model, tokenizer = corank.load(place, dtype="float32")
-    held_out = {"known": read_text("builtin-test"), "other": read_text(protocol.other)}
+    held_out = {"known": read_text(protocol.held_out), "other": read_text(protocol.other)}
     fresh = windows_of(tokenizer, held_out["other"], protocol.length)
     cut = len(fresh) * 3 // 4  # the first three quarters are trained on
     learnt = tokenizer.decode(fresh[:cut].flatten())
@@ -242,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=128, help="tokens of a window of text")
     parser.add_argument("--windows", type=int, default=32, help="windows of held-out text")
     parser.add_argument("--known", default="builtin", help="text of the kind the model knows")
+    parser.add_argument("--held-out", default="builtin-test", help="more of it, to measure what is forgotten")
     parser.add_argument("--other", default="builtin-code", help="text of another kind, to be learnt")
     parser.add_argument("--pretraining", type=int, default=1500, help="steps that make the small model")
     parser.add_argument("--work", default="runs/adapters", help="where finished rows are kept")
@@ -274,6 +276,7 @@ def run(args: argparse.Namespace, work: Path, out: Path, layers: int = 5) -> Non
         args.length,
         args.windows,
         args.known,
+        args.held_out,
         args.other,
     )
     rows = []

@@ -31,7 +31,7 @@ import corank
 from benchmarks.hardware import hardware
 from benchmarks.rounds import free_threads
 from benchmarks.shapes import SHAPES, Shape
-from benchmarks.speed import slug
+from benchmarks.speed_report import slug
 from corank.jsonfile import write_json
 
 PAPER = {"seconds": 129.0, "of": "CURing, arXiv:2501.04211: Llama3.1-8B to 7.32B parameters", "ours": False}

@@ -20,8 +20,9 @@ A part that fails is recorded with its error, and the others go on.
 from __future__ import annotations
 
 import argparse
-import gc
+import os
 import statistics
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -33,11 +34,12 @@ import torch.nn.functional as F
 
 from benchmarks.hardware import hardware
 from benchmarks.shapes import SHAPES, TOY, TOY_BERT, Shape, dense_model, factorized_twin, shared_copy
-from benchmarks.speed import slug
+from benchmarks.speed_report import slug
+from benchmarks.stopwatch import Bench
 from corank.jsonfile import write_json
 from corank.runtime import TIERS
 from corank.runtime.peak import peak_activation
-from corank.timing import Device, anatomy, matrix_seconds, measure_device, predict
+from corank.timing import anatomy, matrix_seconds, predict
 
 PARTS = ("device", "linears", "decode", "generate", "prefill", "memory", "compress")
 LINEARS = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
@@ -45,89 +47,8 @@ KEEPS = (0.8, 0.6, 0.5)
 TOKENS = (1, 16, 64, 2048)
 BATCHES = (1, 4, 16, 64)
 L2_BYTES = 1 << 27
-STEPS = 128
-"""Room for the steps that are timed behind the context, in a static cache."""
-
-
-class Bench:
-    """Where and how to measure.
-
-    Args:
-        dry: on the CPU, at toy sizes.
-        minutes: no new measurement starts after this.
-    """
-
-    def __init__(self, dry: bool, minutes: float) -> None:
-        self.dry, self.device = dry, "cpu" if dry else "cuda"
-        self.dtype = torch.float32 if dry else torch.bfloat16
-        self.end = time.perf_counter() + 60 * minutes
-        self.rounds = 2 if dry else 30
-        self.known: Device | None = None
-
-    @property
-    def late(self) -> bool:
-        """Whether the time is used up."""
-        return time.perf_counter() > self.end
-
-    def figures(self) -> Device:
-        """The device, measured once, never from a cache."""
-        if self.known is None:
-            self.known = measure_device(self.device, self.dtype, size=64 if self.dry else None)
-        return self.known
-
-    def captured(self, work: Callable[[], Any]) -> Callable[[], Any]:
-        """The work as a CUDA graph; on the CPU as it is."""
-        if self.dry:
-            return work
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                work()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-        return graph.replay
-
-    def seconds(self, work: Callable[[], Any]) -> float:
-        """Of one run: between two CUDA events, or by the clock."""
-        if self.dry:
-            started = time.perf_counter()
-            work()
-            return time.perf_counter() - started
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    def turns(
-        self, contenders: dict[str, Callable[[], Any]], repeats: int | None = None
-    ) -> dict[str, dict[str, float]]:
-        """Median, 10th and 90th percentile of contenders that take turns, five rounds of warm-up left out."""
-        names, spent = list(contenders), {name: [] for name in contenders}
-        warm = 1 if self.dry else 5
-        for i in range(warm + (repeats or self.rounds)):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                taken = self.seconds(contenders[name])
-                if i >= warm:
-                    spent[name].append(taken)
-        return {name: quantiles(values) for name, values in spent.items()}
-
-    def free(self) -> None:
-        """Give memory back."""
-        gc.collect()
-        if not self.dry:
-            torch.cuda.empty_cache()
-
-
-def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile."""
-    ordered = sorted(values)
-    at = [ordered[min(int(q * len(ordered)), len(ordered) - 1)] for q in (0.1, 0.9)]
-    return {"median": statistics.median(ordered), "p10": at[0], "p90": at[1]}
+STEPS = 16
+"""Room for steps behind the context in a static cache: attention reads it at every step, so it is small."""
 
 
 def linears(bench: Bench) -> list[dict[str, Any]]:
@@ -202,108 +123,120 @@ def _kernel() -> Callable[..., torch.Tensor] | None:
     return lowrank_linear if callable(lowrank_linear) else None
 
 
-def _models(bench: Bench, shape: Shape) -> tuple[Any, dict[float, Any]]:
-    """A dense model, and its factorized twins: those of the tables' keeps."""
-    dense = dense_model((TOY if bench.dry else shape).config(), bench.device, bench.dtype)
-    return dense, {k: factorized_twin(dense, k, 4 if bench.dry else 64) for k in KEEPS}
+def _dense(bench: Bench, shape: Shape) -> Any:
+    return dense_model((TOY if bench.dry else shape).config(), bench.device, bench.dtype)
+
+
+def _twin(bench: Bench, dense: Any, keep: float) -> Any:
+    return factorized_twin(dense, keep, 4 if bench.dry else 64)
 
 
 class Step:
-    """One decoding step of a model with a static cache, as a callable without arguments.
+    """One decoding step of a model behind a static cache that several models share, as a callable without arguments.
 
     Args:
-        model: in eval mode.
+        model: in eval mode, compiled or not.
+        cache: with `context` tokens in it.
+        words: size of the vocabulary.
         batch, context: sequences, and tokens that are in the cache already.
-        compiled: by torch.compile, without dynamic shapes.
+        device: where.
     """
 
-    def __init__(self, model: Any, batch: int, context: int, compiled: bool, device: str) -> None:
-        from transformers import StaticCache
-
-        self.model = torch.compile(model, dynamic=False) if compiled else model
-        self.cache = StaticCache(config=model.config, max_cache_len=context + STEPS)
-        vocabulary = model.config.vocab_size
-        if context:
-            prompt = torch.randint(vocabulary, (batch, context), device=device)
-            model(input_ids=prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.token = torch.randint(vocabulary, (batch, 1), device=device)
+    def __init__(self, model: Any, cache: Any, words: int, batch: int, context: int, device: str) -> None:
+        self.model, self.cache = model, cache
+        self.token = torch.randint(words, (batch, 1), device=device)
         self.at = torch.full((batch, 1), context, device=device)
 
     @torch.no_grad()
     def __call__(self) -> torch.Tensor:
-        # The cache counts its positions itself, and attention reads all of it at every step: a step takes the same time
-        # wherever it stands.
         return self.model(
             input_ids=self.token, position_ids=self.at, past_key_values=self.cache, use_cache=True, logits_to_keep=1
         ).logits
 
 
+def _compiles(bench: Bench, shape: Shape) -> bool:
+    return not bench.dry and shape is SHAPES["llama-3.1-8b"]
+
+
+def rewound(cache: Any, context: int) -> None:
+    """Let a static cache hold so many tokens again."""
+    for layer in cache.layers:
+        if layer.is_initialized:
+            layer.cumulative_length.fill_(context)
+
+
 def decode(bench: Bench) -> list[dict[str, Any]]:
-    """Decoding steps of whole models."""
+    """Decoding steps of whole models. One share at a time: the weights of all would not fit."""
     rows = []
-    shapes = [TOY] if bench.dry else [SHAPES["llama-3.1-8b"], SHAPES["llama-2-7b"]]
-    for shape in shapes:
-        with torch.no_grad():
-            dense, twins = _models(bench, shape)
-        for batch in (1, 2) if bench.dry else BATCHES:
-            for context in (0, 8) if bench.dry else (0, 2048):
-                if bench.late:
-                    return rows
-                rows += _decode_rows(bench, shape, dense, twins, batch, context)
-        del dense, twins
+    for shape in [TOY] if bench.dry else [SHAPES["llama-3.1-8b"], SHAPES["llama-2-7b"]]:
+        dense = _dense(bench, shape)
+        # compiling takes a minute: once for the dense model, and only of the first shape
+        compiled = torch.compile(shared_copy(dense), dynamic=False) if _compiles(bench, shape) else None
+        for keep in KEEPS:
+            twin = _twin(bench, dense, keep)
+            for batch in (1, 2) if bench.dry else BATCHES:
+                for context in (0, 8) if bench.dry else (0, 2048):
+                    if bench.late:
+                        return rows
+                    rows += _decode_rows(bench, shape, dense, keep, twin, batch, context, compiled)
+                    bench.free()
+            del twin
+        del dense
         bench.free()
     return rows
 
 
 def _decode_rows(
-    bench: Bench, shape: Shape, dense: Any, twins: dict[float, Any], batch: int, context: int
+    bench: Bench, shape: Shape, dense: Any, keep: float, twin: Any, batch: int, context: int, compiled: Any
 ) -> list[dict[str, Any]]:
-    made: dict[str, tuple[Any, str, Callable[[], Any]]] = {}
-    failed: dict[str, str] = {}
-    compiles = not bench.dry and batch == 1
+    from transformers import StaticCache
 
-    def add(label: str, model: Any, runtime: str, *, compiled: bool = False, graph: bool = True) -> None:
+    cache = StaticCache(config=dense.config, max_cache_len=context + STEPS)
+    if context:
+        prompt = torch.randint(dense.config.vocab_size, (batch, context), device=bench.device)
+        with torch.no_grad():
+            dense(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        del prompt
+    made: dict[str, tuple[Any, str, Callable[[], Any]]] = {}
+    rows: list[dict[str, Any]] = []
+    here = {"model": shape.name, "keep": keep, "batch": batch, "context": context}
+
+    def add(label: str, model: Any, runtime: str, call: Any = None, *, graph: bool = True) -> None:
         try:
+            rewound(cache, context)
             with torch.no_grad():
-                step = Step(model, batch, context, compiled, bench.device)
+                step = Step(call or model, cache, dense.config.vocab_size, batch, context, bench.device)
                 made[label] = (model, runtime, bench.captured(step) if graph else step)
         except Exception as error:  # a runtime that cannot be captured must not end the others
-            failed[label] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            rows.append({**here, "variant": label, "error": f"{type(error).__name__}: {str(error)[:200]}"})
 
     add("dense eager", dense, "eager", graph=False)
     add("dense graph", dense, "graph")
-    if compiles:
-        add("dense compiled", shared_copy(dense), "graph", compiled=True)
-    for keep, twin in twins.items():
-        add(f"keep {keep} eager", twin, "eager", graph=False)
-        add(f"keep {keep} graph", twin, "graph")
-        for tier in TIERS:
-            if tier not in ("torch", "graph"):  # every step here is captured already
-                runtime = tier if tier in ("packed", "triton") else "graph"
-                add(f"keep {keep} {tier} graph", TIERS[tier](shared_copy(twin)), runtime)
-        if compiles:
-            add(f"keep {keep} packed compiled", TIERS["packed"](shared_copy(twin)), "packed", compiled=True)
-    found = bench.turns({label: work for label, (_, _, work) in made.items()})
+    add("factorized eager", twin, "eager", graph=False)
+    add("factorized graph", twin, "graph")
+    for tier in sorted(set(TIERS) - {"torch", "graph"}):  # every step here is captured already
+        runtime = tier if tier in ("packed", "triton") else "graph"
+        add(f"factorized {tier} graph", TIERS[tier](shared_copy(twin)), runtime)
+    if compiled is not None and batch == 1 and context == 0:
+        add("dense compiled", dense, "graph", compiled)
+        add("factorized compiled", twin, "graph", torch.compile(shared_copy(twin), dynamic=False))
+    work = {label: run for label, (_, _, run) in made.items()}
+    found = bench.turns(work, before=lambda: rewound(cache, context))
     best_dense = min((t["median"] for label, t in found.items() if label.startswith("dense")), default=float("nan"))
-    rows = []
     for label, taken in found.items():
         model, runtime, _ = made[label]
         step = predict(anatomy(model), bench.figures(), batch, context, "decode", runtime)
         rows.append(
             {
-                "model": "toy" if bench.dry else shape.name,
+                **here,
                 "variant": label,
-                "batch": batch,
-                "context": context,
                 "seconds": taken,
                 "speedup_over_best_dense": best_dense / taken["median"],
                 "predicted_seconds": step.seconds,
                 "fraction_of_floor": step.floor / taken["median"],
             }
         )
-    return rows + [
-        {"model": shape.name, "variant": label, "batch": batch, "error": why} for label, why in failed.items()
-    ]
+    return rows
 
 
 @torch.no_grad()
@@ -311,9 +244,9 @@ def generate(bench: Bench) -> list[dict[str, Any]]:
     """What a user calls: seconds of a token from `generate`, the prompt's own time taken off, greedy and without an end."""
     rows = []
     shape = TOY if bench.dry else SHAPES["llama-3.1-8b"]
-    dense, twins = _models(bench, shape)
+    dense = _dense(bench, shape)
     few, many = (1, 3) if bench.dry else (1, 65)
-    small = twins[0.5]
+    small = _twin(bench, dense, 0.5)
     models = {"dense": dense, "dense graph": TIERS["graph"](shared_copy(dense)), "keep 0.5": small}
     models["keep 0.5 graph"] = TIERS["graph"](shared_copy(small))
     ids = torch.randint(dense.config.vocab_size, (1, 8 if bench.dry else 512), device=bench.device)
@@ -348,25 +281,29 @@ def prefill(bench: Bench) -> list[dict[str, Any]]:
     """Prompts: dense, compiled, factorized, every runtime."""
     rows = []
     shape = TOY if bench.dry else SHAPES["llama-3.1-8b"]
-    dense, twins = _models(bench, shape)
-    for batch, length in ((1, 8), (2, 8)) if bench.dry else ((1, 512), (1, 2048), (8, 2048)):
-        if bench.late:
-            return rows
-        ids = torch.randint(dense.config.vocab_size, (batch, length), device=bench.device)
-        models: dict[str, Any] = {"dense": dense}
-        if not bench.dry:
-            models["dense compiled"] = torch.compile(shared_copy(dense), dynamic=False)
-        for keep, twin in twins.items():
-            models |= {f"keep {keep} {tier}": TIERS[tier](shared_copy(twin)) for tier in TIERS}
-            if not bench.dry:
-                models[f"keep {keep} compiled"] = torch.compile(shared_copy(twin), dynamic=False)
-        runs = {label: _forward(model, ids) for label, model in models.items()}
-        found = bench.turns(runs, None if bench.dry else 10)
-        best_dense = min(t["median"] for label, t in found.items() if label.startswith("dense"))
-        for label, taken in found.items():
-            peak = peak_activation(runs[label], bench.device)
-            row = {"model": shape.name, "variant": label, "batch": batch, "length": length, "seconds": taken}
-            rows.append({**row, "peak_bytes": peak, "speedup_over_best_dense": best_dense / taken["median"]})
+    dense = _dense(bench, shape)
+    compiled = torch.compile(shared_copy(dense), dynamic=False) if _compiles(bench, shape) else None
+    for keep in KEEPS:
+        twin = _twin(bench, dense, keep)
+        for batch, length in ((1, 8), (2, 8)) if bench.dry else ((1, 512), (1, 2048), (8, 2048)):
+            if bench.late:
+                return rows
+            ids = torch.randint(dense.config.vocab_size, (batch, length), device=bench.device)
+            models: dict[str, Any] = {"dense": dense}
+            models |= {f"factorized {t}": TIERS[t](shared_copy(twin)) for t in TIERS if t != "graph"}
+            if compiled is not None and (batch, length) == (1, 2048):
+                models["dense compiled"] = compiled
+                models["factorized compiled"] = torch.compile(shared_copy(twin), dynamic=False)
+            runs = {label: _forward(model, ids) for label, model in models.items()}
+            found = bench.turns(runs, None if bench.dry else 10)
+            best_dense = min(t["median"] for label, t in found.items() if label.startswith("dense"))
+            for label, taken in found.items():
+                peak = peak_activation(runs[label], bench.device)
+                row = {"model": shape.name, "keep": keep, "variant": label, "batch": batch, "length": length}
+                row |= {"seconds": taken, "peak_bytes": peak}
+                rows.append({**row, "speedup_over_best_dense": best_dense / taken["median"]})
+            del models, runs
+            bench.free()
     return rows
 
 
@@ -421,6 +358,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unknown parts: {', '.join(sorted(wrong))}; known: {', '.join(PARTS)}")
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("this machine has no GPU; --dry-run tries every part on the CPU")
+    if args.dry_run:  # what a trial measures is worth nothing, and is kept nowhere
+        nowhere = tempfile.TemporaryDirectory()
+        os.environ["CORANK_CACHE"] = nowhere.name
     bench = Bench(args.dry_run, args.minutes)
     result: dict[str, Any] = {"hardware": hardware(), "dry_run": args.dry_run, "dtype": str(bench.dtype)[6:]}
     out = Path(args.out) if args.out else None

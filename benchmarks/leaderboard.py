@@ -1,4 +1,4 @@
-"""Every registered weight method at several sizes, with the same calibration tokens, on two texts: docs/leaderboard.md.
+"""Every registered method that makes a smaller model, at several sizes, with the same calibration tokens, on two texts: docs/leaderboard.md.
 
     python -m benchmarks leaderboard --calibration wiki.valid.raw.txt.gz --test wiki.test.raw.txt.gz --other web.jsonl.gz
 
@@ -18,6 +18,7 @@ from corank import recipe
 from corank.evaluate import Cell
 from corank.report.plots import pareto_points
 
+FAMILIES = ("weights", "structured")
 KEEP = (0.9, 0.8, 0.7, 0.6, 0.5)
 QUICK_KEEP = (0.8, 0.6)
 QUICK_SAMPLES, QUICK_WINDOWS = 16, 8
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     name = "leaderboard-quick" if args.quick else "leaderboard"
     if args.quick:
         args.samples, args.windows = QUICK_SAMPLES, QUICK_WINDOWS
-    methods = args.methods or [m.name for m in recipe.methods(family="weights")]
+    methods = args.methods or [m.name for family in FAMILIES for m in recipe.methods(family=family)]
     cells = cells_of(methods, tuple(args.keep or (QUICK_KEEP if args.quick else KEEP)))
     out = Path(args.out or RESULTS / f"{name}.json")
     rows = fill(

@@ -17,9 +17,10 @@ reached of what its bytes and operations alone would allow. A table without its 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
-import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,16 +29,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.hardware import hardware
 from benchmarks.rounds import free_threads, ratio, rounds, spread
 from benchmarks.shapes import SHAPES, TOY, TOY_BERT, dense_model, factorized_twin, shared_copy
+from benchmarks.speed_report import draw, show, slug
 from corank.errors import CorankError
 from corank.jsonfile import write_json
 from corank.runtime import TIERS
 from corank.runtime.peak import peak_activation
-from corank.timing import Device, anatomy, matrix_seconds, measure_device, predict, this_device
+from corank.timing import RUNTIMES, Device, Runtime, anatomy, matrix_seconds, measure_device, predict, this_device
 
 PARTS = ("linears", "models")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,7 +51,11 @@ COPIES_BYTES = 1 << 27
 GPU_ONLY = {"graph", "triton"}
 """Runtimes that on a processor are others by another name; `benchmarks gpu` measures them."""
 #: row -> runtime of the time model
-PREDICTED = {"compiled": "graph", "packed": "packed", "graph": "packed", "triton": "triton"}
+PREDICTED: dict[str, str | Runtime] = {
+    "compiled": "graph",
+    # on a processor nothing is captured: packed products, and every other operation as before
+    "packed": dataclasses.replace(RUNTIMES["eager"], name="eager, packed", packed=True),
+}
 
 
 def linears(
@@ -257,169 +262,12 @@ def _against(
         "predicted_seconds": step.seconds,
         "fraction_of_floor": step.floor / median,
         "launches": step.launches,
-        "runtime_of_prediction": runtime,
+        "runtime_of_prediction": step.runtime.name,
     } | (
         {"speedup_over_compiled": ratio(seconds["dense compiled"], seconds[label])}
         if "dense compiled" in seconds
         else {}
     )
-
-
-def require_dense(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a table in which something is compared with nothing.
-
-    Raises:
-        SystemExit: a model at some batch, or a matrix, has no dense row.
-    """
-
-    def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        return tuple(str(row.get(k)) for k in ("model", "batch", "shape", "dtype", "tokens"))
-
-    dense = {key(row) for row in rows if row["variant"] == "dense"}
-    for row in rows:
-        if key(row) not in dense:
-            raise SystemExit(
-                f"There is no dense row beside {row['variant']!r} of {key(row)}; a table without it is not printed."
-            )
-
-
-def show(result: Mapping[str, Any], console: Console) -> None:
-    """Print both tables."""
-    if rows := result.get("linears"):
-        require_dense(rows)
-        table = Table(title="Single matrices: microseconds, times as fast as dense (range), predicted")
-        for head in ("out x in", "dtype", "tokens", "variant", "us", "speed-up", "predicted"):
-            table.add_column(head, justify="left" if head in ("variant", "dtype") else "right")
-        for row in rows:
-            grown = row["speedup"]
-            table.add_row(
-                "×".join(map(str, row["shape"])),
-                row["dtype"],
-                str(row["tokens"]),
-                row["variant"],
-                f"{1e6 * row['seconds']['median']:.0f}",
-                f"{grown['median']:.2f} ({grown['min']:.2f}–{grown['max']:.2f})",
-                f"{row['predicted_speedup']:.2f}",
-            )
-        console.print(table)
-    if rows := result.get("models"):
-        require_dense(rows)
-        table = Table(
-            title="Models: milliseconds, times as fast as dense (range), predicted ms, of floor; peak of activations"
-        )
-        heads = (
-            "prefill ms",
-            "speed-up",
-            "predicted",
-            "of floor",
-            "decode ms",
-            "speed-up",
-            "predicted",
-            "of floor",
-            "peak MB",
-        )
-        for head in ("model", "batch", "variant", *heads):
-            table.add_column(head, justify="left" if head in ("model", "variant") else "right")
-        for row in rows:
-            cells = [row["model"], str(row["batch"]), row["variant"]]
-            for mode in ("prefill", "decode"):
-                found = row.get(mode)
-                if found is None:
-                    cells += ["–"] * 4
-                    continue
-                grown = found["speedup"]
-                cells += [
-                    f"{1e3 * found['seconds']['median']:.1f}",
-                    f"{grown['median']:.2f} ({grown['min']:.2f}–{grown['max']:.2f})",
-                    f"{1e3 * found['predicted_seconds']:.1f}",
-                    f"{found['fraction_of_floor']:.0%}",
-                ]
-            table.add_row(*cells, "/".join(f"{b / 1e6:.1f}" for b in row["peak_bytes"].values()))
-        console.print(table)
-
-
-def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Measured speed-ups of single matrices against what was kept, beside the ceiling 1 / keep."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [r for r in result["linears"] if r["rank"] is not None]
-    kinds = sorted({(r["dtype"], tuple(r["shape"])) for r in rows})
-    figure, axes = plt.subplots(1, len(kinds), figsize=(3.2 * len(kinds), 3.2), sharey=True, squeeze=False)
-    for ax, (dtype, shape) in zip(axes[0], kinds, strict=True):
-        for tokens, marker in zip(sorted({r["tokens"] for r in rows}), "o^sD", strict=False):
-            mine = [r for r in rows if (r["dtype"], tuple(r["shape"]), r["tokens"]) == (dtype, shape, tokens)]
-            ax.plot([r["kept"] for r in mine], [r["speedup"]["median"] for r in mine], marker, label=f"{tokens} tokens")
-        kept = [0.45 + 0.005 * i for i in range(80)]
-        ax.plot(kept, [1 / k for k in kept], color="0.4", linewidth=1, label="1 / kept")
-        ax.axhline(1, color="0.7", linewidth=0.8)
-        ax.set(title=f"{shape[0]}×{shape[1]}, {dtype}", xlabel="parameters kept")
-    axes[0][0].set_ylabel("times as fast as dense")
-    axes[0][-1].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def slug(name: str) -> str:
-    """A name as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Measure, print, and write JSON and a plot."""
-    parser = argparse.ArgumentParser(prog="benchmarks speed", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="few rounds, layers and batches; nothing is written without --out"
-    )
-    parser.add_argument("--toy", action="store_true", help="toy sizes: does it run? no numbers to quote")
-    parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--shapes", help=f"models, of {', '.join(SHAPES)} (default: all; quick: all but the last)")
-    parser.add_argument("--model", help="a model whose real weights are used in place of random ones (smollm2-135m)")
-    parser.add_argument("--keep", type=float, default=0.5, help="of the parameters of every matrix of the models")
-    parser.add_argument("--threads", type=int, default=1, help="at most; never more than there are free cores")
-    parser.add_argument("--layers", type=int, help="of every model (default: all of the small ones, 2 of the Llamas)")
-    parser.add_argument("--batches", help="separated by commas (default: 1,4,16,64; quick: 1)")
-    parser.add_argument("--repeats", type=int, help="rounds (default: 15; quick: 3)")
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled rows out")
-    parser.add_argument("--out", help="default: benchmarks/results/speed-HARDWARE.json")
-    args = parser.parse_args(arguments)
-    quick = args.quick or args.toy
-    args.shapes = args.shapes or ",".join(list(SHAPES)[: -1 if quick else None])
-    for given, known in ((args.parts, PARTS), (args.shapes, SHAPES)):
-        if wrong := set(given.split(",")) - set(known):
-            parser.error(f"unknown: {', '.join(sorted(wrong))}; known: {', '.join(known)}")
-    quick = args.quick or args.toy
-    load = os.getloadavg()
-    torch.set_num_threads(free_threads(args.threads))
-    repeats = args.repeats or (3 if quick else 15)
-    batches = [int(b) for b in (args.batches or ("1" if quick else "1,4,16,64")).split(",")]
-    result: dict[str, Any] = {
-        "hardware": hardware(),
-        "quick": quick,
-        "toy": args.toy,
-        "load_before": load,
-        "keep": args.keep,
-    }
-    result["rounds"] = repeats
-    if "linears" in args.parts:
-        sizes = ((64, 64), (128, 64)) if args.toy else LINEARS[:1] if quick else LINEARS
-        found = {dtype: _device(dtype, args.toy) for dtype in DTYPES.values()}
-        result["linears"] = linears(sizes, list(DTYPES), TOKENS, repeats, found.__getitem__)
-        result["device"] = [device.to_json() for device in found.values()]
-    if "models" in args.parts:
-        result["models"] = []
-        for name in args.shapes.split(","):
-            result["models"] += _model(name, args, quick, batches, repeats)
-    result["load_after"] = os.getloadavg()
-    show(result, Console(width=170))
-    out = args.out or (None if quick else f"benchmarks/results/speed-{slug(result['hardware']['processor'])}.json")
-    if out:
-        print(f"wrote {write_json(out, result)}")
-        if "linears" in result:
-            draw(result, Path(out).with_suffix(".png"))
 
 
 def _device(dtype: torch.dtype, toy: bool) -> Device:
@@ -455,10 +303,69 @@ def _model(
         prompt=prompt,
         steps=steps,
         repeats=repeats,
-        compiled=not args.no_compile,
+        compiled=not (args.no_compile or (large and quick)),
         tiers=sorted(set(TIERS) - GPU_ONLY, key=lambda tier: (tier != "torch", tier)),
         device=device,
     )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print, and write JSON and a plot."""
+    parser = argparse.ArgumentParser(prog="benchmarks speed", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="few rounds, layers and batches; nothing is written without --out"
+    )
+    parser.add_argument("--toy", action="store_true", help="toy sizes: does it run? no numbers to quote")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--shapes", help=f"models, of {', '.join(SHAPES)} (default: all; quick: all but the last)")
+    parser.add_argument("--model", help="a model whose real weights are used in place of random ones (smollm2-135m)")
+    parser.add_argument("--keep", type=float, default=0.5, help="of the parameters of every matrix of the models")
+    parser.add_argument("--threads", type=int, default=1, help="at most; never more than there are free cores")
+    parser.add_argument("--layers", type=int, help="of every model (default: all of the small ones, 2 of the Llamas)")
+    parser.add_argument("--batches", help="separated by commas (default: 1,4,16,64; quick: 1)")
+    parser.add_argument("--repeats", type=int, help="rounds (default: 15; quick: 3)")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave the compiled rows out (quick: those of Llamas)"
+    )
+    parser.add_argument("--out", help="default: benchmarks/results/speed-HARDWARE.json")
+    args = parser.parse_args(arguments)
+    quick = args.quick or args.toy
+    args.shapes = args.shapes or ",".join(list(SHAPES)[: -1 if quick else None])
+    for given, known in ((args.parts, PARTS), (args.shapes, SHAPES)):
+        if wrong := set(given.split(",")) - set(known):
+            parser.error(f"unknown: {', '.join(sorted(wrong))}; known: {', '.join(known)}")
+    quick = args.quick or args.toy
+    if args.toy:  # what a trial measures is worth nothing, and is kept nowhere
+        nowhere = tempfile.TemporaryDirectory()
+        os.environ["CORANK_CACHE"] = nowhere.name
+    load = os.getloadavg()
+    torch.set_num_threads(free_threads(args.threads))
+    repeats = args.repeats or (3 if quick else 15)
+    batches = [int(b) for b in (args.batches or ("1" if quick else "1,4,16,64")).split(",")]
+    result: dict[str, Any] = {
+        "hardware": hardware(),
+        "quick": quick,
+        "toy": args.toy,
+        "load_before": load,
+        "keep": args.keep,
+    }
+    result["rounds"] = repeats
+    if "linears" in args.parts:
+        sizes = ((64, 64), (128, 64)) if args.toy else LINEARS[:1] if quick else LINEARS
+        found = {dtype: _device(dtype, args.toy) for dtype in DTYPES.values()}
+        result["linears"] = linears(sizes, list(DTYPES), TOKENS, repeats, found.__getitem__)
+        result["device"] = [device.to_json() for device in found.values()]
+    if "models" in args.parts:
+        result["models"] = []
+        for name in args.shapes.split(","):
+            result["models"] += _model(name, args, quick, batches, repeats)
+    result["load_after"] = os.getloadavg()
+    show(result, Console(width=170))
+    out = args.out or (None if quick else f"benchmarks/results/speed-{slug(result['hardware']['processor'])}.json")
+    if out:
+        print(f"wrote {write_json(out, result)}")
+        if "linears" in result:
+            draw(result, Path(out).with_suffix(".png"))
 
 
 if __name__ == "__main__":

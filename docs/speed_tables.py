@@ -140,12 +140,14 @@ def gpu_table() -> str:
         if not data["hardware"].get("gpu") or not isinstance(rows, list):
             continue
         lines = [f"{conditions(data)}: times as fast as the fastest dense variant of the same run.\n"]
-        lines += ["| model | batch | context | | ms | speed-up | predicted ms | of floor |"]
-        lines += ["|---|---:|---:|---|---:|---:|---:|---:|"]
+        lines += ["| model | keep | batch | context | | ms | speed-up | predicted ms | of floor |"]
+        lines += ["|---|---:|---:|---:|---|---:|---:|---:|---:|"]
         for row in (r for r in rows if "error" not in r):
             cells = f"{1e3 * row['seconds']['median']:.2f} | {row['speedup_over_best_dense']:.2f}× "
             cells += f"| {1e3 * row['predicted_seconds']:.2f} | {row['fraction_of_floor']:.0%}"
-            lines.append(f"| {row['model']} | {row['batch']} | {row['context']} | {row['variant']} | {cells} |")
+            lines.append(
+                f"| {row['model']} | {row['keep']} | {row['batch']} | {row['context']} | {row['variant']} | {cells} |"
+            )
         parts.append("\n".join(lines))
     return "\n\n".join(parts) or NOT_YET
 

@@ -21,8 +21,7 @@ from corank.order import Order
 from corank.recipe import Recipe, get
 from corank.report import Report
 from corank.report.card import write_card
-from corank.timing import PAYS
-from corank.timing.clock import Clock
+from corank.timing import PAYS, Clock
 
 VERSION = "0.1.0"
 

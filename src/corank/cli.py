@@ -60,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     budget.add_argument("--latency-batch", type=int, help="sequences in the step that is predicted (default: 1)")
     budget.add_argument(
-        "--latency-tokens", type=int, help="new tokens of each: 1 is decoding, more the prefill of a prompt (default: 1)"
+        "--latency-tokens",
+        type=int,
+        help="new tokens of each: 1 is decoding, more the prefill of a prompt (default: 1)",
     )
     budget.add_argument(
         "--latency-device", help="h200, a JSON file that describes a device, cpu or cuda (default: this machine)"
@@ -151,7 +153,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--predict", action="store_true", help="print what the time model predicts, from launches, bytes and operations"
     )
     sub.add_argument(
-        "--device-model", help="what to predict for: h200, a JSON file that describes a device, cpu, cuda (default: this one)"
+        "--device-model",
+        help="what to predict for: h200, a JSON file that describes a device, cpu, cuda (default: this one)",
     )
     sub.add_argument("--batch", default="1", help="batch sizes, separated by commas")
     sub.add_argument("--prompt-tokens", type=int, default=256)

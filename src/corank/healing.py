@@ -166,6 +166,7 @@ def compress_and_heal(
     if started() > 1:
         raise CorankError("Training runs in one process: compress with heal=none, then use `corank heal`.")
     assert isinstance(order.recipe, Recipe)  # others end in no training
+    separate(order.text, [read_text(each) for each in TESTS])  # before anything is made
     target = check_target(out)
     stage = target.with_name(target.name + ".unhealed")
     note, claim = stage / "order.json", json.loads(json.dumps(order.identity()))

@@ -19,8 +19,7 @@ from corank.probing import training
 from corank.recipe import Recipe, get
 from corank.structured.recipe import Structured
 from corank.structured.task import Task
-from corank.timing import find_device
-from corank.timing.clock import Clock
+from corank.timing import Clock, find_device
 
 Data = str | Path | Text | Examples | Sequence[Source] | Sequence[Mapping[str, Any]]
 """Calibration data: a source of text, several to be mixed in equal shares, or batches of model inputs."""

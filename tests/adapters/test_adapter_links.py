@@ -106,6 +106,19 @@ def test_what_cannot_be_adapted_says_so():
         layer.get_delta_weight("default")
 
 
+def test_an_adapter_is_not_loaded_on_another_form_of_its_layers(tmp_path):
+    """A core of the right size would fit, and mean something else."""
+    small, dense = compressed("cur", ranks=(4,)), checkpoint.dequantize(compressed("cur", ranks=(4,)))
+    links, ends = attach(small, "curing"), attach(dense, "curing", rank=4)
+    assert adapters.trainable(links) == adapters.trainable(ends)
+    adapters.save(links, tmp_path / "links")
+    adapters.save(ends, tmp_path / "ends")
+    with pytest.raises(CorankError, match="is dense, and the adapter is for a factorized layer"):
+        adapters.load(checkpoint.dequantize(compressed("cur", ranks=(4,))), tmp_path / "links")
+    with pytest.raises(CorankError, match="is factorized, and the adapter is for a dense layer"):
+        adapters.load(compressed("cur", ranks=(4,)), tmp_path / "ends")
+
+
 def test_quantized_factors_are_refused(tmp_path):
     pytest.importorskip("torchao")
     checkpoint.save(compressed("low_rank"), None, tmp_path / "small")

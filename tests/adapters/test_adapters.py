@@ -16,7 +16,7 @@ from corank.errors import CorankError
 from corank.factors import shape_of
 from factorized import IDS, linears, logits, loss
 from processes import start
-from tiny import tiny
+from tiny import GQA, SIZES, tiny
 
 peft = pytest.importorskip("peft")
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -298,6 +298,9 @@ def test_wrong_input_says_what_to_do_and_changes_nothing(tmp_path, monkeypatch):
     place = adapters.save(model, tmp_path / "c")
     with pytest.raises(CorankError, match="does not fit this model"):
         adapters.load(tiny("gpt2-conv1d"), place)
+    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **GQA, intermediate_size=40))
+    with pytest.raises(CorankError, match=r"gate_proj is \[40, 24\], and the adapter is for \[37, 24\]"):
+        adapters.load(other, place)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "full"]
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(CorankError, match=r"pip install 'corank\[train\]'"):

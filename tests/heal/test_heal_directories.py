@@ -14,7 +14,7 @@ from corank import healing
 from corank.cli import build_parser, main
 from corank.errors import CorankError
 from corank.factors import FactorizedLinear
-from corank.heal import WHAT, Schedule, ways
+from corank.heal import WHAT, Schedule, list_ways
 from corank.healing import heal
 from corank.model import Text
 from factorized import mixed, tied_in_factors
@@ -53,7 +53,7 @@ def command(room, *rest):
     return main(["heal", "--data", str(room / "words.txt"), *fixed.split(), *map(str, rest)])
 
 
-@pytest.mark.parametrize("how", sorted(ways()))
+@pytest.mark.parametrize("how", sorted(list_ways()))
 def test_every_way_writes_a_checkpoint_of_the_same_kind(room, how, tmp_path, capsys):
     order = (
         "--teacher",
@@ -83,8 +83,8 @@ def test_every_way_writes_a_checkpoint_of_the_same_kind(room, how, tmp_path, cap
 def test_the_command_knows_every_way_and_every_choice():
     actions = build_parser()._subparsers._group_actions[0].choices  # type: ignore[union-attr]
     heal_options = {a.dest: a.choices for a in actions["heal"]._actions}
-    assert heal_options["how"] == sorted(ways()) and set(heal_options["what"]) == set(WHAT)
-    assert {a.dest: a.choices for a in actions["compress"]._actions}["heal"] == ("none", *sorted(ways()))
+    assert heal_options["how"] == sorted(list_ways()) and set(heal_options["what"]) == set(WHAT)
+    assert {a.dest: a.choices for a in actions["compress"]._actions}["heal"] == ("none", *sorted(list_ways()))
 
 
 def smaller(**sizes):
@@ -189,6 +189,8 @@ def test_text_to_test_with_is_not_healed_with(compressed, tmp_path, capsys):
     held = ["--max-perplexity-increase", "5%", "--heldout", str(same), "--no-eval"]
     assert main([*map(str, order), *map(str, size), *held]) == 2
     assert "occurs in the text to heal with" in capsys.readouterr().err
+    with pytest.raises(CorankError, match="occurs in the text to heal with"):
+        corank.compress(compressed / "dense", "svd-llm", keep=0.5, heal="kd", data="builtin-test", out=tmp_path / "d")
     assert not list(tmp_path.iterdir())
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from corank.errors import CorankError
 from corank.factors import FactorizedLinear, SharedLowRankLinear, replace
-from corank.heal import Schedule, train, ways
+from corank.heal import Schedule, list_ways, train
 from corank.heal.parameters import WHAT, of_block, trainable
 from corank.heal.way import Case, what_of
 from corank.model import ResidentModel
@@ -21,7 +21,7 @@ from tiny import tiny, windows
 pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
-WAYS = sorted(ways())
+WAYS = sorted(list_ways())
 
 
 def small(how):
@@ -48,7 +48,7 @@ def state(model):
 
 def declared(model, how, teacher=None):
     both = ResidentModel(model), ResidentModel(teacher or dense())
-    return set(ways()[how].parameters(Case(*both, windows(), [], [], what_of(how, None), Schedule())))
+    return set(list_ways()[how].parameters(Case(*both, windows(), [], [], what_of(how, None), Schedule())))
 
 
 @pytest.mark.parametrize("how", WAYS)
@@ -62,11 +62,12 @@ def test_only_what_is_declared_changes_and_nothing_gets_worse(how, tmp_path):
     assert result.after < result.before == pytest.approx(result.curve[0][1])
     assert min(value for _, value in result.curve) == pytest.approx(result.after, rel=1e-4)
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags  # and the model is what it was
-    assert result.trained == sum(before[n].numel() for n in declared(model, how))
+    sizes = [before[n].shape for n in declared(model, how)]
+    assert result.trained == sum(8 * sum(s) if "lora" in how else s.numel() for s in sizes)
 
     # what was measured is what there is: without training, the loss of the result is that of the result
     again = healed(model, how, epochs=0) if how != "closed-form" else None
-    if again is not None and not ways()[how].by_blocks:
+    if again is not None and not list_ways()[how].by_blocks:
         assert [again.before, again.after] == pytest.approx([result.after] * 2, rel=1e-4)
 
     # interrupted and gone on with: the same seed, and the same bits
@@ -77,7 +78,9 @@ def test_only_what_is_declared_changes_and_nothing_gets_worse(how, tmp_path):
 
     def stop(what, done, of, value):
         seen.append(what)
-        if what not in ("teacher",) and len([w for w in seen if w != "teacher"]) > (1 if ways()[how].by_blocks else 12):
+        if what not in ("teacher",) and len([w for w in seen if w != "teacher"]) > (
+            1 if list_ways()[how].by_blocks else 12
+        ):
             raise Stopped
 
     other = small(how)
@@ -108,7 +111,7 @@ def test_sixteen_bit_models_learn_from_teachers_in_full_precision(how):
     assert how == "curing" or any(not torch.equal(p, before[n]) for n, p in after.items())
 
 
-@pytest.mark.parametrize("how", [w for w in WAYS if ways()[w].by_blocks])
+@pytest.mark.parametrize("how", [w for w in WAYS if list_ways()[w].by_blocks])
 def test_a_basis_that_other_blocks_read_is_one_blocks_to_move_in_no_local_way(how):
     model = across()
     owner = model.model.layers[0].self_attn.q_proj

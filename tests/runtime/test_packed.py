@@ -211,6 +211,17 @@ def test_a_stack_is_a_view_of_its_parts():
     assert stack.weight() is None
 
 
+def test_copies_that_share_their_parameters_share_the_stack():
+    layers = [torch.nn.Linear(5, m, bias=False) for m in (3, 4)]
+    one, two = Stack(layers), Stack(layers)
+    a, b = one.weight(), two.weight()
+    assert a.data_ptr() == b.data_ptr() and torch.equal(a, b)
+    assert one.weight() is a and two.weight() is b  # neither has moved what the other found
+    one.release()
+    assert torch.equal(two.weight(), b) and two.weight() is not b
+    assert torch.equal(two.weight(), torch.cat([layer.weight for layer in layers]))
+
+
 def test_basis_in_another_block_is_left_where_it_is(caplog):
     model = MODELS["across"]()
     expected = outputs(model)

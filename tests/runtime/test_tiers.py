@@ -45,7 +45,8 @@ def test_every_tier_gives_the_same_logits(name, tier):
     model = MODELS[name]()
     expected, plain = outputs(model), without_cache(model)
     keys = list(model.state_dict())
-    assert TIERS[tier](model) is model and runtime_of(model) == tier
+    options = {"least": 1} if tier == "flashsvd" else {}
+    assert TIERS[tier](model, **options) is model and runtime_of(model) == tier
     close(outputs(model), expected)
     close(without_cache(model), plain)
     close(without_cache(model), plain)  # what was measured or left behind the first time is used the second time
@@ -59,6 +60,9 @@ def test_every_tier_gives_the_same_logits(name, tier):
 @pytest.mark.parametrize("tier", ["flashsvd", "auto"])
 def test_dtype_and_weights_may_change(tier):
     model = set_runtime(compressed("low_rank", "qwen2-bias", ranks=(5, 4, 4)), tier)
+    for override in overrides(model):
+        if isinstance(override, LatentAttention):
+            override.least = 1
     outputs(model)
     model.to(torch.float64)
     plain = set_runtime(copy.deepcopy(model), "torch")
@@ -76,7 +80,39 @@ def test_dtype_and_weights_may_change(tier):
 )
 def test_attention_from_latents_is_recognised(name, count):
     model = set_runtime(compressed("low_rank", name), "flashsvd")
-    assert sum(isinstance(o, LatentAttention) for o in overrides(model)) == count
+    found = [o for o in overrides(model) if isinstance(o, LatentAttention)]
+    assert len(found) == count and all(o.caches is (name != "bert") for o in found)
+
+
+def test_attention_from_latents_fills_the_cache_and_leaves_single_tokens_alone():
+    model = compressed("low_rank", "llama-gqa", layers=2)
+    ids = batches()["batch"]["input_ids"]
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **settings)
+    for least in (1, 39, None):
+        set_runtime(model, "flashsvd", least=least)
+        calls = []
+        for override in [o for o in overrides(model) if isinstance(o, LatentAttention)]:
+            attend = override.attend
+
+            def counting(x, *rest, attend=attend, calls=calls):
+                calls.append(x.shape[:2].numel())
+                return attend(x, *rest)
+
+            override.attend = counting
+        assert torch.equal(model.generate(ids, **settings), expected)
+        assert calls == {1: [39, 39, *([3] * 8)], 39: [39, 39], None: []}[least]
+
+
+def test_a_decoder_needs_less_memory_for_its_prompt():
+    model = compressed("low_rank", "llama-tied", layers=1, ranks=(4,))
+    model.config.max_position_embeddings = 512
+    ids = torch.randint(3, 60, (2, 500))
+    with torch.no_grad():
+        set_runtime(model, "chunked")
+        plain = peak_activation(lambda: model.model(input_ids=ids))
+        set_runtime(model, "flashsvd")
+        assert peak_activation(lambda: model.model(input_ids=ids)) < plain
 
 
 def test_attention_with_more_in_it_is_left_alone():

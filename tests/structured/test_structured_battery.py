@@ -38,6 +38,10 @@ def test_keeping_everything_is_the_identity(name):
 def test_the_budget_is_met_and_every_parameter_counted(name, model_name):
     model = tiny(model_name)
     dense = parameters(model)
+    if name == "slicegpt" and model_name == "gpt2-conv1d":
+        with pytest.raises(corank.CorankError, match="families"):
+            compress(model, name, keep=0.7)
+        return
     report = compress(model, name, keep=0.7)
     sites = report.accounting["sites"]
     assert 0.3 * sites["dense"] < sites["compressed"] <= 0.7 * sites["dense"]

@@ -59,6 +59,9 @@ def test_plain_results_load_without_corank_and_others_say_that_they_do_not(tmp_p
         "biased": ("qwen2-bias", "wanda-sp", {"keep": 0.8}),
         "gpt2": ("gpt2-conv1d", "wanda-sp", {"keep": 0.8, "attention": False}),
         "one width": ("llama-gqa", "flap", {"keep": 0.7, "uniform": True}),
+        "channels": ("llama-gqa", "modegpt", {"keep": 0.8, "uniform": True}),
+        "smaller heads": ("llama-gqa", "modegpt", {"keep": 0.5, "uniform": True}),
+        "smaller stream": ("llama-tied", "slicegpt", {"keep": 0.7}),
         "own widths": ("llama-gqa", "flap", {"keep": 0.7}),
     }
     folders, expected = [], []
@@ -71,7 +74,7 @@ def test_plain_results_load_without_corank_and_others_say_that_they_do_not(tmp_p
         assert ("quantization_config" in config) == (name == "own widths")
         assert report.kept() <= settings["keep"]
     found = without_corank(*folders)
-    assert [kind for kind, _ in expected] == ["N0", "N0", "N0", "N0", "N1", "N2"]
+    assert [kind for kind, _ in expected] == ["N0", "N0", "N0", "N0", "N1", "N0", "N0", "N0", "N2"]
     for (kind, wanted), got in zip(expected, found, strict=True):
         if kind == "N2":
             assert isinstance(got, str) and ("size mismatch" in got or "mismatched" in got or "quantiz" in got), got

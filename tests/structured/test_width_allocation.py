@@ -79,10 +79,12 @@ def test_one_list_of_all_units_keeps_the_best():
         pooled(parts, scores, 63)
 
 
-def test_heads_are_rounded_to_the_nearest_and_channels_make_up_for_it():
+def test_heads_are_rounded_up_and_channels_pay_for_it():
     parts = [Part(0, HEADS, 3, 100), Part(0, CHANNELS, 200, 4)]
-    heads, channels = by_shares(parts, [1.0, 1.0], 880, 1.0)  # 80%: 2.4 heads are 2
-    assert (heads, channels) == (2, 170)
+    heads, channels = by_shares(parts, [1.0, 1.0], 880, 1.0)  # 80%: 2.4 heads are 3
+    assert (heads, channels) == (3, 145)
+    heads, channels = by_shares(parts, [1.0, 1.0], 660, 1.0)  # 60%: 1.8 heads are 2
+    assert (heads, channels) == (2, 115)
     heads, channels = by_shares(parts, [1.0, 1.0], 990, 1.0)  # 90%: 2.7 heads are 3
     assert (heads, channels) == (3, 172)
     with pytest.raises(CorankError, match="cap=0.3"):

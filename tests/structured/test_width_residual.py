@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers as tf
 from test_width_methods import IDS, compress, logits
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +17,7 @@ from corank.recipe import get
 from corank.structured.recipe import Structured
 from corank.structured.residual import residual_moment, rotate
 from corank.structured.task import Task
-from tiny import saved, tiny, windows
+from tiny import GQA, MLP, SIZES, saved, tiny, windows
 
 CLOSE = 1e-5
 """Norms compute in float32, whatever the model does."""
@@ -41,9 +42,14 @@ def with_gains(model):
     return model
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def qwen3():
+    torch.manual_seed(0)
+    return tf.Qwen3ForCausalLM(tf.Qwen3Config(**SIZES, **MLP, **GQA, head_dim=6)).double().eval()
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "qwen3"])
 def test_another_basis_is_the_same_model(name):
-    model = with_gains(tiny(name, dtype=torch.float64))
+    model = with_gains(tiny(name, dtype=torch.float64) if name != "qwen3" else qwen3())
     before = logits(model)
     rotate(model, task_of(model), torch.linalg.qr(randn(24, 24, seed=1)).Q)
     assert torch.allclose(logits(model), before, rtol=0, atol=CLOSE * float(before.abs().max()))
@@ -104,6 +110,17 @@ def test_from_disk_to_disk_it_keeps_the_dtype(tmp_path):
     resident = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     compress(resident, "slicegpt", keep=0.8)
     assert torch.allclose(logits(plain), logits(resident), atol=0.05 * float(logits(resident).abs().max()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_whole_model_may_be_what_counts(name):
+    """A head that was the embedding costs as much as the embedding then."""
+    model = tiny(name)
+    dense = sum(p.numel() for p in model.parameters())
+    compress(model, "slicegpt", keep=0.8, scope="model", multiple=1)
+    after, width = sum(p.numel() for p in model.parameters()), model.config.hidden_size
+    per_dimension = sum(p.numel() for p in model.parameters() if width in p.shape) // width
+    assert after <= 0.8 * dense < after + per_dimension + 64
 
 
 def test_everything_kept_and_bad_input():

@@ -15,11 +15,12 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import rounds as turns  # noqa: E402
 from benchmarks.shapes import SHAPES, TOY, TOY_BERT, dense_model, factorized_twin, require_factorized  # noqa: E402
-from benchmarks.speed import PREDICTED, require_dense  # noqa: E402
+from benchmarks.speed import PREDICTED  # noqa: E402
+from benchmarks.speed_report import require_dense  # noqa: E402
 
 from corank.checkpoint.skeleton import collect  # noqa: E402
 from corank.model import outline  # noqa: E402
-from corank.timing import RUNTIMES  # noqa: E402
+from corank.timing import RUNTIMES, find_device, predict  # noqa: E402
 
 
 @pytest.mark.parametrize("shape", [TOY, TOY_BERT], ids=lambda s: s.name)
@@ -78,7 +79,11 @@ def test_a_table_without_its_dense_row_is_not_printed():
 
 
 def test_rows_are_predicted_by_runtimes_that_exist():
-    assert set(PREDICTED.values()) <= set(RUNTIMES)
+    dense = dense_model(TOY.config())
+    for runtime in PREDICTED.values():
+        assert predict(dense, find_device("h200"), runtime=runtime).seconds > 0
+    packed, eager = PREDICTED["packed"], RUNTIMES["eager"]
+    assert packed.packed and packed.others == eager.others and packed.copies_cache and not eager.packed
     assert {s.name: s.layers for s in SHAPES.values()} == {
         "smollm2-135m": 30,
         "bert-base": 12,

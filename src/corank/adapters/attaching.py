@@ -15,7 +15,7 @@ from corank.adapters.measuring import measured_inputs
 from corank.adapters.targets import check_known, chosen, stacks
 from corank.errors import CorankError
 from corank.factorize import Measured
-from corank.factors import FactorizedLinear, weight_of
+from corank.factors import FactorizedLinear, shape_of, weight_of
 from corank.model import Calibration, Examples, Source, Text, calibration, read_text
 
 if TYPE_CHECKING:
@@ -113,10 +113,6 @@ def _with_cores(
         weights = [wide(weight_of(model.get_submodule(name))) for name in names]
         rank = rank_of[names[0]]
         if plan.form == "stack":
-            if any(rank_of[name] != rank for name in names):
-                raise CorankError(
-                    f"The layers of a stack share one rank, and {names[0]} and others have different ones."
-                )
             picked[names[0]] = plan.choose(weights, rank)
         else:
             picked[names[0]] = plan.choose(weights[0], measured.get(names[0]), rank, generator_for(seed, names[0]))
@@ -127,6 +123,8 @@ def _with_cores(
         rank_pattern={name: rank for name, rank in rank_of.items() if rank != plan.rank},
         scale=plan.scale,
         stacks=groups,
+        links=[name for name in rank_of if name not in dense],
+        shapes={name: list(shape_of(model.get_submodule(name))) for name in rank_of},
         **common,
     )
     adapted = peft.get_peft_model(model, config)

@@ -33,6 +33,8 @@ class CorankConfig(PeftConfig):
         rank_pattern: full name of a layer -> its rank.
         scale: factor before what is added.
         stacks: full names of the layers of each stack, in order.
+        links: full names of the layers that are factorized.
+        shapes: full name of a layer -> [out, in].
         target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern, bias: as in other
             configurations of PEFT.
     """
@@ -43,6 +45,8 @@ class CorankConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     scale: float = 1.0
     stacks: list[list[str]] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None

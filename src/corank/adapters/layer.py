@@ -60,15 +60,22 @@ class CoreLayer(nn.Module, BaseTunerLayer):
             key: name of this layer in the model.
 
         Raises:
-            CorankError: a rank larger than the matrix, or factors and a method that needs the matrix.
+            CorankError: a rank larger than the matrix, or another layer than the adapter was made for.
         """
         base: Any = self.get_base_layer()
         m, n = shape_of(base)
         rank = config.rank_pattern.get(key, config.rank)
-        form = "link" if isinstance(base, FactorizedLinear) else config.form
-        if form == "link":
-            if config.form != "ends":
-                raise CorankError(f"{key} is factorized; an adapter of the form {config.form!r} needs a dense matrix.")
+        if list(config.shapes.get(key, (m, n))) != [m, n]:  # r x r values fit any matrix
+            shapes = f"[{m}, {n}], and the adapter is for {config.shapes[key]}"
+            raise CorankError(f"{key} is {shapes}; load it on the model it was made on.")
+        factorized = isinstance(base, FactorizedLinear)
+        if factorized != (key in config.links):  # of the same rank it would load, and mean something else
+            kinds = ("factorized", "dense") if factorized else ("dense", "factorized")
+            raise CorankError(
+                f"{key} is {kinds[0]}, and the adapter is for a {kinds[1]} layer; load it on the model it was made on."
+            )
+        form = "link" if factorized else config.form
+        if factorized:
             rank = base.rank
         elif not 1 <= rank <= min(m, n):
             raise CorankError(f"A rank of {rank} is not possible for {key} [{m}, {n}]; give 1 to {min(m, n)}.")

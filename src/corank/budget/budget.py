@@ -133,7 +133,9 @@ class Budget:
             CorankError: if the rest of the model alone is larger than the budget, or the budget is one of time.
         """
         if self.latency is not None:
-            raise CorankError("A budget of time says nothing of parameters; corank.timing.Clock counts its nanoseconds.")
+            raise CorankError(
+                "A budget of time says nothing of parameters; corank.timing.Clock counts its nanoseconds."
+            )
         whole = self.scope == "model"
         counted = sites_params + (other_params if whole else 0)
         if self.keep is not None:

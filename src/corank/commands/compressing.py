@@ -60,7 +60,9 @@ def _compress(args: Namespace) -> int:
     budget = budget or {k: run[k] for k in sizes if k in run}
     asked = {k: value for k, value in timed.items() if value is not None}
     if asked and "latency" not in budget:
-        raise CorankError(f"--{min(asked).replace('_', '-')} belongs to --budget-latency, which says how much of the time.")
+        raise CorankError(
+            f"--{min(asked).replace('_', '-')} belongs to --budget-latency, which says how much of the time."
+        )
     budget |= asked
     settings = {**(file.get("set") or {}), **parse_settings(args.set, args)}
     if not run.get("model"):

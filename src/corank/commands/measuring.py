@@ -148,7 +148,8 @@ def _predictions(
     for name in names:
         model = anatomy(name)
         where = find_device(device, stored_dtype(name))
-        for mode, batch, runtime in itertools.product(MODES, batches, RUNTIMES):
+        runtimes = [name for name in RUNTIMES if name != "triton" or where.threads is None]  # no kernels on a CPU
+        for mode, batch, runtime in itertools.product(MODES, batches, runtimes):
             if mode == "decode" and not model.causal:
                 continue
             step = predict(model, where, batch, context, mode, runtime)

@@ -17,7 +17,7 @@ from corank.engine.world import ALONE, World
 from corank.model import Calibration, ResidentModel, Site
 from corank.recipe import Recipe
 from corank.statistics import STATISTICS
-from corank.timing.clock import Clock
+from corank.timing import Clock
 
 
 class Sink(Protocol):

@@ -6,6 +6,6 @@ from corank.heal.healing import Healed, train
 from corank.heal.lora import load_lora, lora_config, merge_lora
 from corank.heal.parameters import WHAT
 from corank.heal.training import Schedule
-from corank.heal.way import Way, ways
+from corank.heal.way import Way, list_ways
 
-__all__ = ["WHAT", "Healed", "Schedule", "Way", "load_lora", "lora_config", "merge_lora", "train", "ways"]
+__all__ = ["WHAT", "Healed", "Schedule", "Way", "list_ways", "load_lora", "lora_config", "merge_lora", "train"]

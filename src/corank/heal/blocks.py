@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from corank.engine.stream import Stream
-from corank.factors import ExpertList, FactorizedLinear
+from corank.factors import ExpertList, FactorizedLinear, shape_of
 from corank.heal.parameters import of_block
 from corank.heal.training import History
 from corank.heal.way import Case
@@ -109,10 +109,11 @@ def parameters_by_blocks(case: Case) -> dict[str, nn.Parameter]:
     return {f"{path}.{n}" if path else n: p for path in paths for n, p in of_block(model, path, case.what).items()}
 
 
-def matrices(block: nn.Module) -> list[str]:
-    """Paths of the factorized linear layers of a block, in the order of its modules."""
+def matrices(block: nn.Module, dense: nn.Module) -> list[str]:
+    """Paths of the factorized linear layers of a block that are as large as in the dense one, in the order of its modules."""
     every = ((n, m) for n, m in block.named_modules() if isinstance(m, FactorizedLinear))
-    return [n for n, m in every if getattr(m, "form", None) is None]
+    linear = [(n, m) for n, m in every if getattr(m, "form", None) is None]
+    return [n for n, m in linear if shape_of(m) == shape_of(dense.get_submodule(n))]
 
 
 def squared(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ class Healed:
         measure: what the loss is, for people.
         before, after: loss on the held-out sequences; of ways that go block by block the mean over the blocks of what each
             had before and after its own training.
-        trained: number of parameters.
+        trained: number of parameters, or of those of the adapters.
         curve: pairs (seconds, loss on the held-out sequences) until then, the one before any training first.
         history: held-out losses, of every part of the training.
         seconds: of training.
@@ -93,6 +93,7 @@ def train(
     count = sum(p.numel() for p in chosen.parameters(case).values())
     if not count:
         raise CorankError(f"This model has nothing that {how} trains ({chosen.summary}); choose another way (how=...).")
+    count = count if chosen.trained is None else chosen.trained(case)
     both = (student.model, teacher.model)
     flags = [(p, p.requires_grad) for model in both for p in model.parameters()]
     for model in both:

@@ -67,6 +67,7 @@ class Way:
         learning_rate: that it is known to work with.
         local: it compares matrices or blocks with those of the dense model, which must have the same ones.
         by_blocks: every history is that of another block.
+        trained: how many values train, where these are not the parameters themselves (adapters).
     """
 
     summary: str
@@ -77,10 +78,11 @@ class Way:
     learning_rate: float = 1.5e-5
     local: bool = False
     by_blocks: bool = False
+    trained: Callable[[Case], int] | None = None
 
 
 @cache
-def ways() -> dict[str, Way]:
+def list_ways() -> dict[str, Way]:
     """All ways to heal, by name, in alphabetical order: those of the files of `corank.heal.ways`."""
     package = importlib.import_module("corank.heal.ways")
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
@@ -93,9 +95,9 @@ def way(name: str) -> Way:
     Raises:
         CorankError: there is none; the nearest names are suggested.
     """
-    if name not in ways():
-        raise unknown("way to heal", name, ways())
-    return ways()[name]
+    if name not in list_ways():
+        raise unknown("way to heal", name, list_ways())
+    return list_ways()[name]
 
 
 def what_of(how: str, what: str | None) -> str:

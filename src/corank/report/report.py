@@ -30,7 +30,8 @@ class Report:
         parameters: hyper-parameters of the method.
         budget: the budget as asked for, e.g. ``{"keep": 0.8, "scope": "sites"}``.
         accounting: ``"sites"`` and ``"model"`` (parameters), ``"bytes"`` (on disk) and ``"flops_per_token"``,
-            each ``{"dense": int, "compressed": int}``; and ``"break_even"``, a mapping of name -> rank.
+            each ``{"dense": int, "compressed": int}``; and ``"break_even"``, a mapping of name -> rank; after a budget of
+            time also ``"latency"``, predicted nanoseconds of the sites with ``"speedup"`` and what they are for.
         sites: one dict per site: name, role, layer (int or None), shape [m, n], kind, rank, max_rank, params,
             params_dense, loss (``||L (W - W') S|| / ||L W S||``), and optionally predicted_loss and curve,
             pairs [rank, relative loss], and predicted_nats, its part in the increase of the loss.

@@ -215,7 +215,9 @@ def speed_table(rows: Sequence[Mapping[str, Any]]) -> Table:
                 grown += f" ({low:.2f}–{high:.2f})"
             cells += [numbers.number(rate, 3), grown, numbers.percent(row.get(f"{kind}_bound"), 0)]
             expected = row.get(f"{kind}_predicted")
-            cells += [] if not predicted else [numbers.number(expected, 3), numbers.percent(row.get(f"{kind}_floor"), 0)]
+            cells += (
+                [] if not predicted else [numbers.number(expected, 3), numbers.percent(row.get(f"{kind}_floor"), 0)]
+            )
         weights = numbers.size(row.get("weight_bytes"), 3)
         body.append((*cells, weights, numbers.count(row.get("decode_flops_per_token"), 3)))
     rates: tuple[str, ...] = ("Prefill tok/s", "ratio (range)", "of bound", "Decode tok/s", "ratio (range)", "of bound")

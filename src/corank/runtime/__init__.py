@@ -9,7 +9,7 @@
 |---|---|
 | `torch` | the modules as they are |
 | `chunked` | MLPs over chunks of tokens: [tokens, intermediate] never exists |
-| `flashsvd` | chunked, and attention from latents by groups of heads, where no cache is filled |
+| `flashsvd` | chunked, and attention from latents by groups of heads |
 | `packed` | chunked, and one product for the first factors of matrices that read one input |
 | `triton` | packed, with the operations of `corank.kernels` where they suit |
 | `graph` | packed, and generation with a static cache, every step one compiled graph |
@@ -19,6 +19,9 @@ A runtime replaces methods of modules, not modules: names, parameters, hooks and
 works on whatever weights the model has at the moment of a call, after loading, moving, casting or merging adapters.
 Where it cannot help (gradients, autocast, a compiler, hooks on the inner matrices, unknown structures) the module runs
 as it is; the logger `corank.runtime` says so once, at level DEBUG.
+
+Packing moves the storage of parameters. Choose the runtime before recording a CUDA graph of your own, also where a
+second model shares the parameters.
 
 `absorb` moves the permutations of pivoted layers into their neighbours, once and for all.
 """

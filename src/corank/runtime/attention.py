@@ -2,8 +2,9 @@
 
 Queries, keys and values of all heads, and their rotated copies, are as large as several hidden states. From the latents
 x A^T, which are narrow, those of a few heads can be made, used and let go; the memory that FlashSVD (arXiv:2508.01506)
-saves in attention, with the products and the attention of the library. It is legal where nobody else wants to see the
-keys: without a cache. A kernel that rebuilds keys and values tile by tile takes over where it suits.
+saves in attention, with the products and the attention of the library. Where a cache is filled, it needs all keys and
+values; queries and outputs still go by groups. A kernel that rebuilds keys and values tile by tile takes over where it
+suits and nobody else wants to see them.
 
 Which modules can be computed this way is found out from their children and confirmed by their own output.
 """
@@ -21,6 +22,7 @@ from corank.factors import FactorizedLinear, LowRankLinear, SharedLowRankLinear,
 from corank.kernels import latent_attention, supports_latent_attention
 from corank.model.archs import role_of
 from corank.runtime.forms import is_linear
+from corank.runtime.mlp import LEAST
 from corank.runtime.override import Override, inference, note
 from corank.runtime.packing import is_plain, unwatched
 
@@ -53,25 +55,34 @@ class LatentAttention(Override):
         module: the attention module.
         plan: of its children.
         kernel: rebuild keys and values inside a kernel where it suits.
+        least: tokens below which the module computes as it always does: there is nothing to save, and a step of
+            decoding would only be launched in more pieces. None chooses by device.
+
+    Attributes:
+        caches: whether it may also fill a cache.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, kernel: bool = False):
+    def __init__(self, module: nn.Module, plan: Plan, kernel: bool = False, least: int | None = None):
         super().__init__(module)
         self.plan = plan
         self.kernel = kernel
+        self.least = least
+        self.caches = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get("hidden_states")
-        call = self._read(args[1:], kwargs) if isinstance(x, Tensor) and x.dim() == 3 else None
-        if call is None or not inference(self.module):
+        if not isinstance(x, Tensor) or x.dim() != 3 or not inference(self.module):
             return self.original(*args, **kwargs)
-        return self.attend(x, *call), None  # type: ignore[arg-type]
+        least = LEAST.get(x.device.type, LEAST["cuda"]) if self.least is None else self.least
+        call = self._read(args[1:], kwargs) if x.shape[0] * x.shape[1] >= least else None
+        return self.original(*args, **kwargs) if call is None else (self.attend(x, *call), None)
 
-    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tensor | None] | None:
-        """(cosine and sine, mask) of a call; None if it asks for what cannot be given."""
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tensor | None, Any] | None:
+        """(cosine and sine, mask, cache) of a call; None if it asks for what cannot be given."""
         names = ("position_embeddings", "attention_mask") if self.plan.rotary else ("attention_mask",)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if len(args) > len(names) or given.get("past_key_values") is not None:
+        cache = given.get("past_key_values")
+        if len(args) > len(names) or (cache is not None and not self.caches) or given.get("past_key_value") is not None:
             return None
         if given.get("output_attentions") or given.get("is_causal") is not None:
             return None
@@ -86,43 +97,55 @@ class LatentAttention(Override):
             return None  # the eager form leaves it to the mask
         if self.plan.rotary and (rope is None or rope[0].dim() != 3 or rope[0].shape[-1] != self.plan.size):
             return None
-        return rope, mask
+        return rope, mask, cache
 
     @property
     def causal(self) -> bool:
         """Whether a query sees no later key, where no mask says what it sees."""
         return bool(getattr(self.module, "is_causal", False))
 
-    def attend(self, x: Tensor, rope: Any, mask: Tensor | None) -> Tensor:
+    def attend(self, x: Tensor, rope: Any, mask: Tensor | None, cache: Any = None) -> Tensor:
         """The attention's output for x [batch, tokens, in]."""
         plan, module = self.plan, self.module
         q, k, v = (_Heads(getattr(module, name), x, plan.size) for name in (plan.q, plan.k, plan.v))
+        if cache is not None:
+            every = slice(0, plan.groups)
+            keys, values = cache.update(_rotated(k.heads(every), rope), v.heads(every), module.layer_idx)
         share = plan.heads // plan.groups
         out = x.new_empty(*x.shape[:2], plan.heads * plan.size)
         view = out.view(*x.shape[:2], plan.heads, plan.size)
         for g in range(plan.groups):
             span = slice(g * share, (g + 1) * share)
             Q = _rotated(q.heads(span), rope)
-            view[:, :, span] = self._one(Q, k, v, g, rope, mask).transpose(1, 2)
+            if cache is None:
+                O = self._one(Q, k, v, g, rope, mask)
+            else:
+                O = self._attention(Q, keys[:, g : g + 1], values[:, g : g + 1], mask)
+            view[:, :, span] = O.transpose(1, 2)
         del q, k, v
         return out if plan.o is None else getattr(module, plan.o)(out)
 
     def _one(self, Q: Tensor, k: _Heads, v: _Heads, g: int, rope: Any, mask: Tensor | None) -> Tensor:
         """Output [batch, heads, tokens, size] of the query heads that read key head g."""
-        scale = float(self.module.scaling)  # type: ignore[arg-type]
-        causal = mask is None and self.causal and Q.shape[2] > 1
         pad = _padding(mask, self.causal) if self.kernel else None
         if self.kernel and k.latent is not None and v.latent is not None and (mask is None or pad is not None):
             Vk, bk = k.factor(g)
             Vv, bv = v.factor(g)
             half = self.plan.size // 2
+            scale = float(self.module.scaling)  # type: ignore[arg-type]
             cos, sin = (None, None) if rope is None else (rope[0][..., :half], rope[1][..., :half])
             arguments = (Q, k.latent[:, None], v.latent[:, None], Vk, Vv, bk, bv, cos, sin, pad, self.causal, scale)
             reason = supports_latent_attention(*arguments)
             if reason is None:
                 return latent_attention(*arguments)
             note(f"no kernel computes attention from latents: {reason}")
-        K, V = _rotated(k.heads(slice(g, g + 1)), rope), v.heads(slice(g, g + 1))
+        span = slice(g, g + 1)
+        return self._attention(Q, _rotated(k.heads(span), rope), v.heads(span), mask)
+
+    def _attention(self, Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None) -> Tensor:
+        """The library's attention of several query heads and one key head."""
+        scale = float(self.module.scaling)  # type: ignore[arg-type]
+        causal = mask is None and self.causal and Q.shape[2] > 1
         K, V = K.expand(-1, Q.shape[1], -1, -1), V.expand(-1, Q.shape[1], -1, -1)
         return F.scaled_dot_product_attention(Q, K, V, attn_mask=mask, is_causal=causal, scale=scale)
 
@@ -180,15 +203,16 @@ def _padding(mask: Tensor | None, causal: bool) -> Tensor | None:
     return known[1]
 
 
-def latent_attentions(model: nn.Module, kernel: bool = False) -> list[Override]:
+def latent_attentions(model: nn.Module, kernel: bool = False, least: int | None = None) -> list[Override]:
     """The overrides for every attention module with factors that can be computed by groups; not yet in place."""
     found: list[Override] = []
     for module in model.modules():
         plan = plan_of(module)
         if plan is None or any(p.is_meta for p in module.parameters()):
             continue
-        override = LatentAttention(module, plan, kernel)
+        override = LatentAttention(module, plan, kernel, least)
         if confirmed(override):
+            override.caches = plan.rotary and hasattr(module, "layer_idx") and confirmed(override, cached=True)
             found.append(override)
         else:
             note(f"{type(module).__name__} computes more than attention; it runs whole")
@@ -212,8 +236,15 @@ def plan_of(module: Any) -> Plan | None:
     return Plan(roles["q"], roles["k"], roles["v"], roles.get("o"), size, out // size, key_out // size, rotary)
 
 
-def confirmed(override: LatentAttention) -> bool:
-    """Whether groups of heads give what the module gives on random inputs, with a mask and without."""
+def confirmed(override: LatentAttention, cached: bool = False) -> bool:
+    """Whether groups of heads give what the module gives on random inputs, with a mask and without.
+
+    Args:
+        override: not in place.
+        cached: whether that is so while a cache is filled.
+    """
+    from transformers import DynamicCache
+
     module, plan = override.module, override.plan
     like = next(p for p in module.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(0)
@@ -236,7 +267,9 @@ def confirmed(override: LatentAttention) -> bool:
                     call["position_embeddings"] = rope
                 if override._read((), call) is None:
                     continue
-                expected, actual = override.original(x, **call)[0], override.attend(x, rope, mask)
+                caches = [DynamicCache(), DynamicCache()] if cached else [None, None]
+                due = {**call, **({"past_key_values": caches[0]} if cached else {})}
+                expected, actual = override.original(x, **due)[0], override.attend(x, rope, mask, caches[1])
                 limit = 16 * torch.finfo(x.dtype).eps * expected.float().abs().max()
                 if expected.shape != actual.shape or not bool((expected - actual).float().abs().max() <= limit):
                     return False

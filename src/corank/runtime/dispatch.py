@@ -62,6 +62,11 @@ def size_of(x: Tensor) -> tuple[int, torch.dtype, torch.device]:
     return bucket(x.shape[0]), x.dtype, x.device
 
 
+def capturing(x: Tensor) -> bool:
+    """Whether what is done with x now is recorded for a CUDA graph; nothing can be measured then."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class Table:
     """Measured choices.
 
@@ -120,7 +125,7 @@ class Table:
         key = " ".join([what, *sizes, dtype, f"t{bucket(x.shape[0])}", "+".join(sorted(ways))])
         entries = self.entries(x.device)
         if key not in entries:
-            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            if capturing(x):
                 return "torch"
             seconds = measure(ways, x.device)
             entries[key] = {"choice": choice(seconds, lean), "seconds": seconds}

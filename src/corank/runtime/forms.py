@@ -34,8 +34,9 @@ class Form:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, dense or factorized."""
-    return isinstance(module, nn.Linear | FactorizedLinear) or is_conv1d(module)
+    """Whether a module is a linear layer, dense or factorized (factors of a convolution or an embedding are not)."""
+    factorized = isinstance(module, FactorizedLinear) and not hasattr(module, "form")
+    return isinstance(module, nn.Linear) or factorized or is_conv1d(module)
 
 
 def forms(module: nn.Module) -> Iterator[Form]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from corank.factors import FactorizedLinear, LowRankLinear, SharedLowRankLinear, shape_of
 from corank.kernels import ACTIVATIONS, lowrank_mlp, supports_lowrank_mlp
-from corank.runtime.dispatch import Table, size_of
+from corank.runtime.dispatch import Table, capturing, size_of
 from corank.runtime.forms import Form, evaluate, form_of, is_linear, tokenwise, widens
 from corank.runtime.override import Override, inference, note
 from corank.runtime.packing import Siblings, begins_plainly, is_plain, unwatched
@@ -197,7 +197,10 @@ class MLP(Override):
                 if way != "plain" or flat.shape[0] > chunk:  # one chunk computed part by part is what the module does
                     choices[way] = partial(by_chunks, partial(self.rows, ways=(way,)), flat, chunk)
             parts = [self.part(name) for name in (self.form.gate, self.form.up, self.form.down) if name is not None]
-            self.chosen[size] = self.table.choose("mlp", parts, flat, choices, lean="plain")
+            way = self.table.choose("mlp", parts, flat, choices, lean="plain")
+            if capturing(flat):
+                return way
+            self.chosen[size] = way
         return self.chosen[size]
 
     def release(self) -> None:

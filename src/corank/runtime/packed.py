@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from corank.factors import FactorizedLinear, shape_of
 from corank.model.archs import role_of
-from corank.runtime.dispatch import Table, size_of
+from corank.runtime.dispatch import Table, capturing, size_of
 from corank.runtime.forms import is_linear
 from corank.runtime.override import Override, inference, note
 from corank.runtime.packing import Pending, Siblings, begins_plainly, stem_of
@@ -118,7 +118,10 @@ class Family:
 
         size = size_of(flat)
         if size not in self.chosen:
-            self.chosen[size] = self.table.choose("qkv", layers, flat, {"torch": apart, "packed": together})
+            way = self.table.choose("qkv", layers, flat, {"torch": apart, "packed": together})
+            if capturing(flat):
+                return way
+            self.chosen[size] = way
         return self.chosen[size]
 
     def _in_vain(self) -> bool:

@@ -130,6 +130,10 @@ class Stack:
         if any(w.is_meta or type(w) not in (Tensor, nn.Parameter) for w in weights):
             note("matrices that are not ordinary tensors read one input; they are not packed")
             return None
+        first = next((w for w in weights if w.numel()), first)
+        if Stack._adjacent(weights):  # a copy of the model that shares its parameters has put them together
+            rows = sum(w.shape[0] for w in weights)
+            return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1), first.storage_offset())
         # Not an inference tensor, even when the first call comes from inference mode: the parameters would become one.
         with torch.inference_mode(False), torch.no_grad():
             whole = torch.cat([w.detach() for w in weights])
@@ -137,6 +141,14 @@ class Stack:
                 if w.numel():
                     w.data = view
         return whole
+
+    @staticmethod
+    def _adjacent(weights: list[Tensor]) -> bool:
+        """Whether the weights follow one another in one storage already."""
+        filled = [w for w in weights if w.numel()]
+        follows = all(b.data_ptr() == a.data_ptr() + a.nbytes for a, b in itertools.pairwise(filled))
+        storages = {w.untyped_storage().data_ptr() for w in filled}
+        return len(filled) > 1 and follows and len(storages) == 1 and all(w.is_contiguous() for w in filled)
 
     def release(self) -> None:
         """Give every weight storage of its own again."""

@@ -67,15 +67,16 @@ def triton(model: Any, chunk: int | None = None, grouped: bool | None = None) ->
     return [*mlps(model, chunk, ("triton", "packed"), grouped), *packed_heads(model, grouped, True), *singles(model)]
 
 
-def flashsvd(model: Any, chunk: int | None = None, kernel: bool = False) -> list[Override]:
+def flashsvd(model: Any, chunk: int | None = None, kernel: bool = False, least: int | None = None) -> list[Override]:
     """The memory of FlashSVD (arXiv:2508.01506): attention from latents by groups of heads, MLPs over chunks of tokens.
 
     Args:
-        model: an encoder, or a decoder; one that fills a cache needs all its keys and keeps its attention.
+        model: an encoder or a decoder.
         chunk: as for `chunked`.
         kernel: rebuild keys and values inside a kernel where it suits.
+        least: tokens from which attention goes by groups of heads; None chooses by device.
     """
-    return [*latent_attentions(model, kernel), *projections(model, chunk), *mlps(model, chunk)]
+    return [*latent_attentions(model, kernel, least), *projections(model, chunk), *mlps(model, chunk)]
 
 
 def auto(model: Any, folder: str | os.PathLike[str] | None = None) -> list[Override]:

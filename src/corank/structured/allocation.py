@@ -61,10 +61,10 @@ class Part:
         """The next larger width."""
         return min((count // self.step + 1) * self.step, self.count)
 
-    def near(self, exact: float) -> int:
-        """The width next to a number, the larger one of two."""
+    def above(self, exact: float) -> int:
+        """The smallest width that is not below a number."""
         below = self.down(exact)
-        return self.up(below) if self.up(below) - exact <= exact - below else below
+        return below if below >= exact - 1e-9 else self.up(below)
 
 
 def shares(weights: Sequence[float], totals: Sequence[float], remove: float, caps: Sequence[float]) -> list[float]:
@@ -193,7 +193,7 @@ def pooled(parts: Sequence[Part], scores: Sequence[Tensor], limit: int) -> list[
 def by_shares(parts: Sequence[Part], weights: Sequence[float], limit: int, cap: float) -> list[int]:
     """Units that stay if every part loses a share in proportion to its weight, and none more than the cap.
 
-    Heads, of which there are few, are rounded to the nearest number first; channels make up for it.
+    Heads, of which there are few and which nothing makes up for, are rounded up first; channels pay for it.
 
     Args:
         parts: all of them.
@@ -215,7 +215,7 @@ def by_shares(parts: Sequence[Part], weights: Sequence[float], limit: int, cap: 
             f"The budget leaves {max(limit, 0) / sum(totals):.0%} of what can be narrowed, less than cap={cap:g} and a unit in "
             "every part allow; keep more, or raise the cap."
         )
-    counts = {i: parts[i].near(parts[i].count * (1 - phi[i])) for i in coarse}
+    counts = {i: parts[i].above(parts[i].count * (1 - phi[i])) for i in coarse}
     taken = sum(k * parts[i].cost for i, k in counts.items())
     rest = [parts[i] for i in fine]
     if not fine or limit - taken < size(

@@ -33,11 +33,6 @@ def output_energy(W: Tensor, bias: Tensor | None, inputs: Moments) -> Tensor:
     return energy.clamp_min(0)
 
 
-def dimension_scores(query_energy: Tensor, key_energy: Tensor) -> Tensor:
-    """Column-row scores sqrt(E[q_i^2] E[k_i^2]) of single dimensions."""
-    return (query_energy * key_energy).sqrt()
-
-
 def pair_scores(query_energy: Tensor, key_energy: Tensor, h: int) -> Tensor:
     """Scores of rotary pairs.
 

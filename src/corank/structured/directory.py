@@ -17,6 +17,16 @@ from corank.jsonfile import read_json, write_json
 from corank.model import StreamedModel
 
 
+def of_matrices(block: nn.Module) -> set[str]:
+    """Names of the matrices in a block, experts and their routers included, and of their biases; norms are left out."""
+    return {
+        f"{path}.{leaf}"
+        for path, module in block.named_modules()
+        if any(p.dim() > 1 for p in module.parameters(recurse=False))
+        for leaf, _ in module.named_parameters(recurse=False)
+    }
+
+
 class BlockFiles:
     """Narrowed blocks, each in a file of its own until the whole is assembled.
 
@@ -113,8 +123,7 @@ class BlockFiles:
         plan = self.source.outline
         number = next(i for i in mix if name.startswith(f"{plan.path(i)}."))
         inside = name.removeprefix(f"{plan.path(number)}.")
-        matrices = {plan.local(site) for site in plan.in_layer(number)}
-        if inside.rpartition(".")[0] not in matrices:
+        if inside not in of_matrices(self.source.model.get_submodule(plan.path(number))):
             return self._stored(self.source.read(name))
         parts = ((share, self.source.read(f"{plan.path(i)}.{inside}")) for i, share in mix.items())
         return self._stored(sum(share * part.double() for share, part in parts))  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ from corank.order import Order
 from corank.report import Report
 from corank.structured import native
 from corank.structured.block import Block, Narrowed
-from corank.structured.directory import BlockFiles
+from corank.structured.directory import BlockFiles, of_matrices
 from corank.structured.native import Native
 from corank.structured.outcome import Outcome, report_of
 from corank.structured.plan import Plan, make_plan, narrow_all
@@ -160,13 +160,11 @@ def _merge(source: ResidentModel, plan: Plan) -> None:
     """Replace matrices of blocks by means over the blocks that are merged into them."""
     outline = source.outline
     for into, mix in plan.selection.mixes.items():
-        for site in outline.in_layer(into):
-            inside = outline.local(site)
-            parts = {i: source.model.get_submodule(f"{outline.path(i)}.{inside}") for i in mix}
-            for leaf, parameter in parts[into].named_parameters():
-                mixed = sum(share * parts[i].get_parameter(leaf).detach().double() for i, share in mix.items())
-                with torch.no_grad():
-                    parameter.copy_(mixed)  # type: ignore[arg-type]
+        blocks = {i: source.model.get_submodule(outline.path(i)) for i in mix}
+        for name in of_matrices(blocks[into]):
+            mixed = sum(share * blocks[i].get_parameter(name).detach().double() for i, share in mix.items())
+            with torch.no_grad():
+                blocks[into].get_parameter(name).copy_(mixed)  # type: ignore[arg-type]
 
 
 def _renumber(blocks: list[nn.Module]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from corank.engine.stream import Stream
 from corank.errors import CorankError
 from corank.factors import put_together
+from corank.model import StreamedModel
 from corank.structured import narrow
 from corank.structured.block import Block, Narrowed
 from corank.structured.depth import Depth, walk
@@ -198,6 +199,8 @@ def narrow_all(
             _advance(block)
             if block.dense is not None and beside is not None:
                 block.dense.hidden = beside
+            if before is None and isinstance(task.source, StreamedModel):
+                block.module.to("meta")  # what took the place of what was read is nobody else's to free
     return found
 
 

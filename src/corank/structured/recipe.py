@@ -69,7 +69,8 @@ class Structured:
         protect: numbers of blocks to leave as they are; "ends" for the first and the last.
         temperature: of allocate=entropic, relative to the mean of what blocks change: large is uniform.
         cap: largest share of a block that allocate=entropic or log removes.
-        ridge: added to second moments before they are inverted, relative to their mean diagonal.
+        ridge: relative to the mean diagonal of second moments: of leverage scores, and of everything that is solved with
+            moments of fewer tokens than channels. Least squares needs none otherwise.
     """
 
     depth: Callable[[Any], Selection] | None = None

@@ -74,12 +74,34 @@ def slice_residual(task: Task) -> Sliced:
 
 def _width(task: Task, d: int, dense: int) -> int:
     """The largest width within the budget; every matrix of a block has one side in the residual stream."""
-    limit = task.limit - sum(task.around)
     step = min(task.recipe.multiple_of, d)
-    width = d if limit >= dense else int(limit * d // dense // step * step)
+    if not task.whole:
+        width = d if task.limit >= dense else int(task.limit * d // dense // step * step)
+    else:
+        fixed, scaled = _counts(task)
+        limit = task.limit + task.source.outline.parameters - sum(task.costs)
+        width = d if limit >= task.source.outline.parameters else int((limit - fixed) * d // scaled // step * step)
     if width < step:
         raise CorankError(f"The budget ({task.budget.describe()}) leaves nothing of {d} dimensions; keep more.")
     return width
+
+
+def _counts(task: Task) -> tuple[int, int]:
+    """Parameters of the whole model that do not depend on the width, and those that do, at the full one.
+
+    A head that is the embedding counts twice: it becomes a matrix of its own.
+    """
+    model, outline = task.source.model, task.source.outline
+    fixed = 0
+    for layer in range(task.layers):
+        block = model.get_submodule(outline.path(layer))
+        sites = task.sites(layer)
+        scaled = {outline.local(s) + ".weight" for s in sites} | {f"{norm}.weight" for norm in CONSUMERS}
+        scaled |= {outline.local(s) + ".bias" for s in sites if s.role in ("o", "down")}
+        fixed += sum(p.numel() for name, p in block.named_parameters() if name not in scaled)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    twice = model.get_input_embeddings().weight.numel() if tied else 0
+    return fixed, outline.parameters - fixed + twice
 
 
 def residual_moment(task: Task) -> Tensor:

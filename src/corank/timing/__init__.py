@@ -2,6 +2,7 @@
 
 from corank.timing.anatomy import Anatomy, anatomy, stored_dtype
 from corank.timing.break_even import break_even_rank, break_even_size
+from corank.timing.clock import Clock
 from corank.timing.device import PRESETS, Device, find_device, measure_device, this_device
 from corank.timing.kernels import Kernel, matrix_seconds
 from corank.timing.prediction import MODES, PAYS, Prediction, predict
@@ -15,6 +16,7 @@ __all__ = [
     "RUNTIMES",
     "Anatomy",
     "Bound",
+    "Clock",
     "Device",
     "Kernel",
     "Prediction",

@@ -135,7 +135,7 @@ def refit(visit: Visit, ends: float | None) -> History:
 
 def stages(case: Case, visit: Visit) -> list[list[Site]]:
     """Factorized matrices of a block in the order of execution; those that read one input, or are experts', together."""
-    plan, paths = case.student.outline, set(matrices(visit.block))
+    plan, paths = case.student.outline, set(matrices(visit.block, visit.dense))
     found: dict[str, list[Site]] = {}
     for site in plan.sites:
         if site.layer == visit.layer and plan.local(site) in paths:

@@ -31,7 +31,7 @@ def relative_error(layer: nn.Module, x: Tensor, seen: Tensor, y: Tensor, mask: T
 
 def train_matrices(visit: Visit, loss: Loss) -> History:
     """Train the factorized matrices of one block, each by its own loss; what is reported is the mean of them."""
-    case, paths = visit.case, matrices(visit.block)
+    case, paths = visit.case, matrices(visit.block, visit.dense)
     prefixes = tuple(f"{path}." for path in paths)
     parameters = {n: p for n, p in visit.parameters.items() if n.startswith(prefixes)}
     if not parameters:

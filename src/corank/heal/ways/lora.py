@@ -50,6 +50,11 @@ def weights(case: Case) -> dict[str, nn.Parameter]:
     return found
 
 
+def values(case: Case) -> int:
+    """Values of all adapters."""
+    return sum(RANK * sum(p.shape) for p in weights(case).values())
+
+
 def train_adapters(case: Case, names: list[str], taught: Predictions, state: str) -> History:
     """Put adapters on some matrices, train them, and merge them; nothing is merged that does not help.
 
@@ -115,4 +120,5 @@ WAY = Way(
     weights,
     what=("matrices", "blocks"),
     learning_rate=1e-4,
+    trained=values,
 )

@@ -13,7 +13,7 @@ from dataclasses import replace
 from corank.heal.distillation import taught_by
 from corank.heal.training import History
 from corank.heal.way import Case, Way
-from corank.heal.ways.lora import adapted, train_adapters, weights
+from corank.heal.ways.lora import adapted, train_adapters, values, weights
 
 
 def run(case: Case) -> list[History]:
@@ -32,4 +32,5 @@ WAY = Way(
     weights,
     what=("matrices",),
     learning_rate=1e-4,
+    trained=values,
 )
