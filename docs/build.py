@@ -14,6 +14,7 @@ from typing import Any
 from speed_tables import sections
 
 from corank import recipe
+from corank.adaptation import adapters
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,17 +26,22 @@ def methods_page() -> str:
         "Generated from the registry by `./dev docs`. `corank methods NAME` prints the same.\n",
         methods_table(),
     ]
-    for method in recipe.methods():
+    for method in everything():
         parts.append(f"\n## {method.name}\n\n*{method.family}, {method.cite}*\n\n```text\n{method.doc}\n```\n")
     return "\n".join(parts)
 
 
+def everything() -> list[Any]:
+    """All methods, family by family."""
+    return [*recipe.methods(family="weights"), *recipe.methods(family="structured"), *adapters().values()]
+
+
 def methods_table() -> str:
     """One row per method."""
-    rows = ["| method | what it does | source | parameters |", "|---|---|---|---|"]
-    for m in recipe.methods():
+    rows = ["| method | family | what it does | source | parameters |", "|---|---|---|---|---|"]
+    for m in everything():
         parameters = ", ".join(f"`{k}={_plain(v)}`" for k, v in m.parameters.items())
-        rows.append(f"| `{m.name}` | {m.summary} | {m.cite} | {parameters} |")
+        rows.append(f"| `{m.name}` | {m.family} | {m.summary} | {m.cite} | {parameters} |")
     return "\n".join(rows)
 
 

@@ -162,7 +162,7 @@ def test_attention_keeps_its_size_while_channels_suffice():
     recipe = Structured(units=("channels", "qk", "vo"), score="leverage", compensate="ls")
     blocks = blocks_of("llama-gqa")
     channels = 3 * 24 * 37 * 3
-    enough, less = blocks.dense - channels // 3, blocks.dense - channels // 2
+    enough, less = blocks.dense - channels // 2, blocks.dense - channels * 6 // 10
     assert head_dimensions(recipe, blocks, enough) is None and not needs_scores(recipe, blocks, enough)
     assert head_dimensions(recipe, blocks, less) == 4 and needs_scores(recipe, blocks, less)
     scores = [{PAIRS: torch.tensor([1.0, 9.0, 3.0])}, {PAIRS: torch.tensor([5.0, 1.0, 6.0])}] * 2

@@ -16,7 +16,7 @@ from corank.structured.recipe import Structured
 from corank.structured.shape import BlockShape, bound_to, parameters
 from corank.structured.units import CHANNELS, HEADS, PAIRS, Units
 
-ENOUGH = 1 / 3
+ENOUGH = 1 / 2
 """Heads keep their dimensions as long as the feed-forward networks give up no more than this share of their channels."""
 
 

@@ -8,12 +8,12 @@
     shares of the blocks  phi = softmax(-s / eps), s what a block changes, none above the cap
 
 Needs: one forward pass for s, one for second moments of the inputs of q, k, v, of o and of down. Stores: narrower matrices.
-Attention keeps its size as long as the feed-forward networks give up no more than a third of their channels, which on
-models with grouped queries is up to about a quarter of all parameters: there are few parameters in it. Beyond
-that all heads of all blocks get one smaller size, so that the result stays storable. Differs from the paper: the ridge is
-relative to the mean square; (V, O) looks at all query heads of a group together, and W_O' is fitted to what it really
-reads, mixtures of values; eps is relative to the mean of s; the logits of attention stay divided by the root of the
-original head size.
+Attention keeps its size as long as the feed-forward networks give up no more than half of their channels, which on models
+with grouped queries is up to about 40% of all parameters: there are few parameters in it. Beyond that all heads of all
+blocks get one smaller size, so that the result stays storable. Differs from the paper, which narrows all modules of a block
+alike: the ridge is relative to the mean square; (V, O) looks at all query heads of a group together, and W_O' is fitted to
+what it really reads, mixtures of values; eps is relative to the mean of s; the logits of attention stay divided by the root
+of the original head size.
 """
 
 from __future__ import annotations
