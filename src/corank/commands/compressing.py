@@ -115,8 +115,8 @@ def _compress(args: Namespace) -> int:
         emit(report.to_json())
     else:
         print_report(report, console())
-        first = "" if report.ordinary else "import corank, then "
-        print(f"\n{out} is ready: {first}AutoModelForCausalLM.from_pretrained({str(out)!r}).")
+        door = "" if report.ordinary else "import corank, then "
+        print(f"\n{out} is ready: {door}AutoModelForCausalLM.from_pretrained({str(out)!r}).")
         print(f"The page with the plots: {out / 'report.html'}")
     return 0
 
