@@ -27,7 +27,13 @@ def test_pieces_follow_the_distribution_of_the_model():
     model = tiny("llama-gqa")
     model.generation_config.eos_token_id = 2
     ids = write(model, 4000, 2, forbidden=[1], words=8)
-    assert ids.shape == (4000, 2) and not (ids == 1).any() and not (ids[:, 1] == 2).any() and ids[:, 0].max() < 8 and ids[:, 1].max() < 8
+    assert (
+        ids.shape == (4000, 2)
+        and not (ids == 1).any()
+        and not (ids[:, 1] == 2).any()
+        and ids[:, 0].max() < 8
+        and ids[:, 1].max() < 8
+    )
     statistic = freedom = 0.0
     for first in ids[:, 0].unique():
         with torch.no_grad():

@@ -45,3 +45,8 @@ def test_a_text_that_is_too_short_for_its_share_is_named():
         ids(Text.mixture([A, Text("ALPHA", "short")]), 8)
     with pytest.raises(CorankError, match="empty"):
         read_text([])
+
+
+def test_the_built_in_texts_have_no_paragraph_in_common():
+    one, two = (set(read_text(name).text.split("\n\n")) for name in ("builtin", "builtin-test"))
+    assert len(one) > 1000 and len(two) > 300 and not one & two

@@ -236,11 +236,20 @@ def _draw(tokenizer: Any, text: Text, samples: int, payload: int, seed: int) -> 
 
 
 def _topics(test: bool) -> str:
-    """Topics of the language reference, one in four (by hash of its name) for the test set."""
+    """Topics of the language reference, one in four (by hash of its name) for the test set.
+
+    Topics quote each other: of the paragraphs that both sets have, only the test set keeps its own.
+    """
     from pydoc_data.topics import topics
 
-    chosen = [n for n in sorted(topics) if (hashlib.sha256(n.encode()).digest()[0] % 4 == 0) is test]
-    return "\n\n".join(topics[name].strip() for name in chosen)
+    def paragraphs(testing: bool) -> list[str]:
+        chosen = [n for n in sorted(topics) if (hashlib.sha256(n.encode()).digest()[0] % 4 == 0) is testing]
+        return [part.strip() for name in chosen for part in topics[name].split("\n\n") if part.strip()]
+
+    if test:
+        return "\n\n".join(paragraphs(True))
+    seen = set(paragraphs(True))
+    return "\n\n".join(part for part in paragraphs(False) if part not in seen)
 
 
 def _code(characters: int = 400_000) -> str:
