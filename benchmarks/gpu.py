@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.hardware import hardware
-from benchmarks.shapes import SHAPES, TOY, TOY_BERT, Shape, dense_model, factorized_twin, shared_copy
+from benchmarks.shapes import SHAPES, TOY, TOY_BERT, Shape, dense_model, factorized_twin, own_copy, shared_copy
 from benchmarks.speed_report import slug
 from benchmarks.stopwatch import Bench
 from corank.jsonfile import write_json
@@ -216,7 +216,7 @@ def _decode_rows(
     add("factorized graph", twin, "graph")
     for tier in sorted(set(TIERS) - {"torch", "graph"}):  # every step here is captured already
         runtime = tier if tier in ("packed", "triton") else "graph"
-        add(f"factorized {tier} graph", TIERS[tier](shared_copy(twin)), runtime)
+        add(f"factorized {tier} graph", TIERS[tier](own_copy(twin)), runtime)
     if compiled is not None and batch == 1 and context == 0:
         add("dense compiled", dense, "graph", compiled)
         add("factorized compiled", twin, "graph", torch.compile(shared_copy(twin), dynamic=False))
@@ -247,8 +247,8 @@ def generate(bench: Bench) -> list[dict[str, Any]]:
     dense = _dense(bench, shape)
     few, many = (1, 3) if bench.dry else (1, 65)
     small = _twin(bench, dense, 0.5)
-    models = {"dense": dense, "dense graph": TIERS["graph"](shared_copy(dense)), "keep 0.5": small}
-    models["keep 0.5 graph"] = TIERS["graph"](shared_copy(small))
+    models = {"dense": dense, "dense graph": TIERS["graph"](own_copy(dense)), "keep 0.5": small}
+    models["keep 0.5 graph"] = TIERS["graph"](own_copy(small))
     ids = torch.randint(dense.config.vocab_size, (1, 8 if bench.dry else 512), device=bench.device)
     for label, model in models.items():
         if bench.late:
@@ -290,7 +290,7 @@ def prefill(bench: Bench) -> list[dict[str, Any]]:
                 return rows
             ids = torch.randint(dense.config.vocab_size, (batch, length), device=bench.device)
             models: dict[str, Any] = {"dense": dense}
-            models |= {f"factorized {t}": TIERS[t](shared_copy(twin)) for t in TIERS if t != "graph"}
+            models |= {f"factorized {t}": TIERS[t](own_copy(twin)) for t in TIERS if t != "graph"}
             if compiled is not None and (batch, length) == (1, 2048):
                 models["dense compiled"] = compiled
                 models["factorized compiled"] = torch.compile(shared_copy(twin), dynamic=False)
@@ -324,7 +324,7 @@ def memory(bench: Bench) -> list[dict[str, Any]]:
     small = factorized_twin(dense, 0.5, 4 if bench.dry else 64)
     for batch, length in ((2, 8),) if bench.dry else ((2, 4096), (16, 1024), (64, 512), (32, 128)):
         ids = torch.randint(dense.config.vocab_size, (batch, length), device=bench.device)
-        models = {"dense": dense} | {f"factorized {tier}": TIERS[tier](shared_copy(small)) for tier in TIERS}
+        models = {"dense": dense} | {f"factorized {tier}": TIERS[tier](own_copy(small)) for tier in TIERS}
         runs = {label: _encode(model, ids) for label, model in models.items()}
         found = bench.turns(runs, None if bench.dry else 10)
         for label, taken in found.items():

@@ -157,3 +157,8 @@ def require_factorized(model: nn.Module, sites: Any) -> None:
 def shared_copy(model: Any) -> Any:
     """A copy with modules of its own and the same weights."""
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+def own_copy(model: Any) -> Any:
+    """A copy with weights of its own, for runtimes that pack: packing moves them, which no other copy may notice."""
+    return copy.deepcopy(model)

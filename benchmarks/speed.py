@@ -32,7 +32,7 @@ from rich.console import Console
 
 from benchmarks.hardware import hardware
 from benchmarks.rounds import free_threads, ratio, rounds, spread
-from benchmarks.shapes import SHAPES, TOY, TOY_BERT, dense_model, factorized_twin, shared_copy
+from benchmarks.shapes import SHAPES, TOY, TOY_BERT, dense_model, factorized_twin, own_copy, shared_copy
 from benchmarks.speed_report import draw, show, slug
 from corank.errors import CorankError
 from corank.jsonfile import write_json
@@ -170,7 +170,7 @@ def variants(dense: Any, small: Any, length: int, compiled: bool, tiers: Sequenc
         found["dense compiled"] = Runner(shared_copy(dense), True, length)
     for tier in tiers:
         try:
-            model = TIERS[tier](shared_copy(small))
+            model = TIERS[tier](own_copy(small))
         except CorankError as error:  # a runtime that this machine has not
             print(f"{tier} left out: {error}")
             continue

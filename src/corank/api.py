@@ -21,7 +21,7 @@ from corank.engine.job import Job
 from corank.engine.passes import Result, run
 from corank.engine.store import torch_dtype_name
 from corank.engine.world import World, device_of, joined
-from corank.errors import CorankError
+from corank.errors import CorankError, unknown
 from corank.evaluate import PeakMemory, Perplexity, perplexity
 from corank.model import (
     ResidentModel,
@@ -185,7 +185,10 @@ def compress(
 
 
 def load(
-    model: str | Path, dtype: str | torch.dtype | None = None, device: str | None = None
+    model: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    runtime: str | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model and its tokenizer, dense or compressed.
 
@@ -193,14 +196,21 @@ def load(
         model: a directory, hub id, ``.gguf`` file or alias such as ``smollm2-135m``.
         dtype: of the weights; None: as stored.
         device: where to put it.
+        runtime: how it is run, see `corank.runtime`: "auto", "packed", "chunked", ...; None: the modules as they are.
 
     Returns:
         (model, tokenizer). A compressed model has been verified against its fingerprint.
 
     Raises:
-        CorankError: no such model, damaged or truncated files, a format of a newer corank.
+        CorankError: no such model or runtime, damaged or truncated files, a format of a newer corank.
     """
-    return checkpoint.load(resolve(model), dtype=to_dtype(dtype), device=device)
+    if runtime is not None:
+        from corank.runtime import TIERS, set_runtime  # not needed for compressing
+
+        if runtime not in TIERS:
+            raise unknown("runtime", runtime, TIERS)
+    loaded, tokenizer = checkpoint.load(resolve(model), dtype=to_dtype(dtype), device=device)
+    return loaded if runtime is None else set_runtime(loaded, runtime), tokenizer
 
 
 def evaluate(

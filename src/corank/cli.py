@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+RUNTIME = "how to run it: auto (the fastest as measured here), packed, chunked, flashsvd, graph, triton (default: torch, as it is)"
 MODEL = "a directory, a hub id, a .gguf file, or the alias smollm2-135m"
 
 
@@ -94,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("model", help=MODEL + "; dense or compressed")
     sub.add_argument("--device", help="where to compute (default: the CPU)")
+    sub.add_argument("--runtime", help=RUNTIME)
     _windows(sub, 64)
     _tasks(sub)
 
@@ -139,6 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--temperature", type=float, default=0.0, help="0: the most likely token each time")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--chat", action="store_true", help="apply the chat template")
+    sub.add_argument("--runtime", help=RUNTIME)
 
     sub = command(
         "bench",
@@ -149,6 +152,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("models", nargs="+", help="directories, dense or compressed")
     sub.add_argument("--baseline", help="the dense model the ratios refer to; without one nothing is timed")
+    sub.add_argument(
+        "--runtime", default="torch", help="ways to run the models, separated by commas: torch,packed,auto, ..."
+    )
     sub.add_argument(
         "--predict", action="store_true", help="print what the time model predicts, from launches, bytes and operations"
     )

@@ -199,3 +199,19 @@ def test_every_command_teaches_by_example():
     actions = next(a for a in parser._actions if a.dest == "command")
     for name, sub in actions.choices.items():  # type: ignore[union-attr]
         assert "examples:" in sub.format_help() and f"corank {name}" in sub.format_help()
+
+
+def test_a_model_is_run_in_several_ways(world, tmp_path, capsys):
+    small, dense = tmp_path / "small", str(world / "dense")
+    assert compress(world, small, "--method", "svd", "--no-eval") == 0
+    capsys.readouterr()
+    sizes = ["--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1"]
+    assert main(["bench", str(small), "--baseline", dense, *sizes, "--runtime", "torch,packed", "--json", "--quiet"]) == 0
+    assert {row["model"] for row in json.loads(capsys.readouterr().out)} == {"dense", "small", "small (packed)"}
+    said = []
+    for runtime in ([], ["--runtime", "packed"]):
+        assert main(["generate", str(small), "--prompt", "ALPHA", "--tokens", "4", "--json", *runtime, "--quiet"]) == 0
+        said.append(json.loads(capsys.readouterr().out)["completion"])
+    assert said[0] == said[1]
+    assert main(["generate", str(small), "--prompt", "ALPHA", "--runtime", "paked", "--quiet"]) == 2
+    assert "packed" in capsys.readouterr().err

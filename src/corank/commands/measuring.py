@@ -28,7 +28,7 @@ def eval(args: Namespace) -> int:
     """``corank eval``: perplexity, or tasks of lm-eval, or both if texts are named as well."""
     results = _results_file(args) if args.tasks else None
     texts = [] if args.tasks and not args.text else read_texts(args.text)
-    model, tokenizer = load(args.model, device=args.device)
+    model, tokenizer = load(args.model, device=args.device, runtime=args.runtime)
     watch = Watch("eval", 1, args.quiet)
     found = perplexities(model, tokenizer, texts, args.windows or None, args.window, str(args.model), watch.step)
     watch.close()
@@ -115,7 +115,11 @@ def bench(args: Namespace) -> int:
         raise CorankError("--device-model is what --predict predicts for; give both.")
     found: list[dict[str, Any]] = []
     if args.baseline is not None:
-        models = {"dense": load(args.baseline)[0]} | {Path(m).name: load(m)[0] for m in args.models}
+        models = {"dense": load(args.baseline)[0]}
+        for name in args.models:
+            for runtime in args.runtime.split(","):
+                label = Path(name).name if runtime == "torch" else f"{Path(name).name} ({runtime})"
+                models[label] = load(name, runtime=runtime)[0]
         rows = speed(
             models,
             prompt_tokens=args.prompt_tokens,
@@ -174,7 +178,7 @@ def _verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def generate(args: Namespace) -> int:
     """``corank generate``."""
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model, runtime=args.runtime)
     result = sample(
         model,
         tokenizer,
