@@ -78,7 +78,8 @@ def leaderboard_page() -> str:
     """docs/leaderboard.md, from benchmarks/results/leaderboard*.json."""
     parts = [
         "# Leaderboard\n",
-        "Every registered method that makes a smaller model, on one model with the same calibration tokens, closed form, nothing trained afterwards unless "
+        "Every registered method that makes a smaller model, on one model with the same calibration tokens, closed form, nothing "
+        "trained afterwards unless "
         "the name says so. Sorted by the perplexity outside the calibration domain, which is what a user meets. Lower is better, 1 is the dense "
         "model. `./dev bench leaderboard` fills the table one cell at a time and goes on where it was interrupted; `--quick` is the short form.\n",
     ]

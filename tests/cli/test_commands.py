@@ -206,7 +206,9 @@ def test_a_model_is_run_in_several_ways(world, tmp_path, capsys):
     assert compress(world, small, "--method", "svd", "--no-eval") == 0
     capsys.readouterr()
     sizes = ["--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1"]
-    assert main(["bench", str(small), "--baseline", dense, *sizes, "--runtime", "torch,packed", "--json", "--quiet"]) == 0
+    assert (
+        main(["bench", str(small), "--baseline", dense, *sizes, "--runtime", "torch,packed", "--json", "--quiet"]) == 0
+    )
     assert {row["model"] for row in json.loads(capsys.readouterr().out)} == {"dense", "small", "small (packed)"}
     said = []
     for runtime in ([], ["--runtime", "packed"]):

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from pages import ROOT, blocks, commands
 
 from corank.cli import main
 from corank.recipe import _METHODS
 from tiny import stand_in
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -33,38 +30,12 @@ def room(home, tmp_path_factory):
         yield
 
 
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
-
-
-def commands(page: str) -> list[str]:
-    lines = "\n".join(blocks(page, "bash")).splitlines()
-    return [line.split("#")[0].strip() for line in lines if line.startswith("corank ")]
-
-
 @pytest.mark.parametrize("page", ["docs/guide.md"])
 def test_every_command_of_the_guide_runs(page, room, capsys):
     found = commands(page)
     assert len(found) > 10
     for line in found:
         assert main([*shlex.split(line)[1:], "--quiet"]) == 0, f"{line}\n{capsys.readouterr().err}"
-
-
-def test_every_command_of_the_readme_runs(home, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("CORANK_CACHE", str(home))
-    monkeypatch.chdir(tmp_path)
-    for line in commands("README.md"):
-        assert main([*shlex.split(line)[1:], "--quiet"]) == 0, f"{line}\n{capsys.readouterr().err}"
-
-
-def test_the_page_on_healing_runs(home, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("CORANK_CACHE", str(home))
-    monkeypatch.chdir(tmp_path)
-    for line in commands("docs/healing.md"):
-        assert main([*shlex.split(line)[1:], "--quiet"]) == 0, f"{line}\n{capsys.readouterr().err}"
-    for code in blocks("docs/healing.md", "python"):
-        exec(compile(code, "docs/healing.md", "exec"), {})
-    assert (tmp_path / "healed-by-blocks" / "healing.json").is_file()
 
 
 def test_every_python_block_runs(home, tmp_path, monkeypatch):

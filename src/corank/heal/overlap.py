@@ -35,19 +35,8 @@ def overlap(text: str, test: str, span: int = SPAN) -> float:
     return min(found * span / max(len(test), 1), 1.0)
 
 
-def without(text: Text, tests: Sequence[Text]) -> Text:
-    """A text without the paragraphs that occur in one of the test texts."""
-    if text.parts:
-        return Text.mixture(without(part, tests) for part in text.parts)
-    plain = [_plain(test.text) for test in tests]
-    kept = [p for p in text.text.split("\n\n") if not any(_plain(p) in test for test in plain)]
-    return Text("\n\n".join(kept), text.source)
-
-
 def separate(text: Text, tests: Sequence[Text]) -> Text:
     """The text to heal with, if it is not the text to test with.
-
-    Topics of the built-in text repeat passages of each other; what its test part has as well is left out.
 
     Args:
         text: to heal with; of a mixture every part is looked at.
@@ -59,8 +48,6 @@ def separate(text: Text, tests: Sequence[Text]) -> Text:
     parts = [separate(part, tests) for part in text.parts]
     if parts:
         return Text.mixture(parts)
-    if text.source == "builtin":
-        text = without(text, tests)
     for test in tests:
         for part in test.parts or (test,):
             share = overlap(text.text, part.text)
