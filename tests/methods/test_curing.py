@@ -160,7 +160,7 @@ def test_v2_takes_the_smallest_rank_that_holds_the_energy():
         from corank.statistics import Moments
 
         return weight_of(model.get_submodule(site.name)), Measured(
-            {"moments": Moments(ones[:1].expand(site.shape[1]), ones, 1)}
+            {"moments": Moments(ones[:1].expand(site.shape[1]), ones, ones, 1)}
         )
 
     ranks = made.rule(RankChoice(sites, [0.5] * 3, None, lambda s, r: cost(made, s, r), load))

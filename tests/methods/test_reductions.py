@@ -22,7 +22,7 @@ def data(G, mean=None):
     rms = G.diagonal().sqrt()
     return {
         "gram": Gram(G, mean, 100),
-        "moments": Moments(rms, rms, 100),
+        "moments": Moments(rms, rms, rms, 100),
         "fisher": Fisher(G.diagonal().clone(), torch.ones(SHAPE[0], dtype=torch.float64), 100),
     }
 

@@ -125,6 +125,7 @@ def test_moments_and_the_diagonal_of_the_gram():
     result = statistic.result()
     close(result.rms, gram().diagonal().sqrt())
     close(result.abs_mean, ROWS.abs().mean(0))
+    close(result.mean, ROWS.mean(0))
     assert (result.abs_mean <= result.rms).all()
 
 

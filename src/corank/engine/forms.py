@@ -45,7 +45,7 @@ def take_in(statistic: Statistic, site: Site, layer: nn.Module, x: Tensor, mask:
     elif site.form == "embedding":
         ids = (x if mask is None else x[mask]).flatten()
         counts = torch.bincount(ids, minlength=site.shape[1]).double()
-        seen = {"sum_x2": counts, "sum_abs": counts, "count": torch.tensor(len(ids))}
+        seen = {"sum_x2": counts, "sum_abs": counts, "sum_x": counts, "count": torch.tensor(len(ids))}
         statistic.merge(InputMoments.from_state(seen))
     else:
         statistic.update(x, mask)
@@ -60,7 +60,10 @@ def results_for(site: Site, statistics: dict[str, Statistic], names: set[str]) -
     state = statistics["moments"].state()
     total = int(state["count"]) + site.shape[1]
     frequency = (state["sum_abs"] + 1) / total
-    known = {"gram": Gram(frequency, frequency, total), "moments": Moments(frequency.sqrt(), frequency, total)}
+    known = {
+        "gram": Gram(frequency, frequency, total),
+        "moments": Moments(frequency.sqrt(), frequency, frequency, total),
+    }
     return {n: known[n] for n in names if n in known}
 
 

@@ -1,4 +1,4 @@
-"""Per-channel moments of a layer's inputs: root mean square and mean magnitude."""
+"""Per-channel moments of a layer's inputs: root mean square, mean magnitude and mean."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ class Moments:
     Attributes:
         rms: float64 [n], sqrt(E[x^2]) (CURing, Wanda).
         abs_mean: float64 [n], E[|x|] (ASVD).
+        mean: float64 [n], E[x] (FLAP).
         count: T.
     """
 
     rms: Tensor
     abs_mean: Tensor
+    mean: Tensor
     count: int
 
 
 class InputMoments(Statistic):
-    """Streams `Moments`; a vector per layer where `InputGram` keeps a matrix.
+    """Streams `Moments`; three vectors per layer where `InputGram` keeps a matrix.
 
     Args:
         n: input features.
@@ -37,7 +39,7 @@ class InputMoments(Statistic):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"inputs"})
-    axes: ClassVar[dict[str, tuple[str, ...]]] = {"sum_x2": ("n",), "sum_abs": ("n",)}
+    axes: ClassVar[dict[str, tuple[str, ...]]] = {"sum_x2": ("n",), "sum_abs": ("n",), "sum_x": ("n",)}
 
     def __init__(self, n: int, device: torch.device | str | None = None) -> None:
         super().__init__({"n": n}, device)
@@ -57,10 +59,11 @@ class InputMoments(Statistic):
         with accumulation(x.device):
             rows = real_tokens(x, mask, self.n, "inputs")
             for (block,) in blocks(rows):
-                self._add("sum_x2", block.square().sum(0, dtype=torch.float64))
+                self._add("sum_x2", block.double().square().sum(0))  # so that a constant channel has no variance
                 self._add("sum_abs", block.abs().sum(0, dtype=torch.float64))
+                self._add("sum_x", block.sum(0, dtype=torch.float64))
             self.count += len(rows)
 
     def result(self) -> Moments:
         """Raises CorankError if no token was seen."""
-        return Moments(self._mean("sum_x2").sqrt(), self._mean("sum_abs"), self.count)
+        return Moments(self._mean("sum_x2").sqrt(), self._mean("sum_abs"), self._mean("sum_x"), self.count)

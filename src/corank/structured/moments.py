@@ -5,16 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from corank.engine.stream import Observer
 from corank.errors import CorankError
-from corank.statistics import Cross, CrossGram, InputGram, NonFinite, Statistic
-from corank.statistics.precision import accumulation
-from corank.statistics.tokens import blocks, real_tokens
+from corank.statistics import Cross, CrossGram, Gram, InputGram, InputMoments, NonFinite
 from corank.structured.block import Block
 
 FULL = ("leverage", "obs", "greedy")
@@ -60,40 +57,6 @@ class Moments:
         return Moments(second, torch.zeros_like(self.mean), self.count)
 
 
-class ChannelMoments(Statistic):
-    """Streams the mean and the mean square of each channel: two vectors, where `InputGram` keeps a matrix.
-
-    Args:
-        n: channels.
-        device: where the sums live. None: where the first batch lives.
-    """
-
-    needs: ClassVar[frozenset[str]] = frozenset({"inputs"})
-    axes: ClassVar[dict[str, tuple[str, ...]]] = {"sum_x2": ("n",), "sum_x": ("n",)}
-
-    def __init__(self, n: int, device: torch.device | str | None = None) -> None:
-        super().__init__({"n": n}, device)
-        self.n = n
-
-    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Take in one batch: inputs [..., n] and the mask [...] of real tokens, None: all are.
-
-        Raises:
-            CorankError: wrong width, dtype or mask.
-            NonFinite: NaN or infinity in a real token; nothing has been added.
-        """
-        with accumulation(x.device):
-            rows = real_tokens(x, mask, self.n, "inputs")
-            for (block,) in blocks(rows):
-                self._add("sum_x2", block.double().square().sum(0))
-                self._add("sum_x", block.sum(0, dtype=torch.float64))
-            self.count += len(rows)
-
-    def result(self) -> Moments:
-        """Raises CorankError if no token was seen."""
-        return Moments(self._mean("sum_x2"), self._mean("sum_x"), self.count)
-
-
 def moments(block: Block, paths: Iterable[str], full: bool) -> dict[str, Moments]:
     """Moments of the inputs of some matrices of a block, from one pass over its calibration data.
 
@@ -104,14 +67,15 @@ def moments(block: Block, paths: Iterable[str], full: bool) -> dict[str, Moments
     Raises:
         CorankError: inputs are not finite.
     """
-    kind: type[InputGram] | type[ChannelMoments] = InputGram if full else ChannelMoments
+    kind: type[InputGram] | type[InputMoments] = InputGram if full else InputMoments
     width = {block.path(s): s.shape[1] for s in block.sites}
     statistics = {path: kind(width[path]) for path in paths}
     block.observe({path: _observer(s, path, block.layer) for path, s in statistics.items()}, stop=True)
     found: dict[str, Moments] = {}
     for path, statistic in statistics.items():
         seen = statistic.result()
-        found[path] = seen if isinstance(seen, Moments) else Moments(seen.G, seen.mean, seen.count)
+        second = seen.G if isinstance(seen, Gram) else seen.rms.square()
+        found[path] = Moments(second, seen.mean, seen.count)
         _check_tokens(found[path])
     return found
 
@@ -151,7 +115,7 @@ def _check_tokens(moments: Moments) -> None:
 
 
 def _observer(
-    statistic: InputGram | ChannelMoments | CrossGram, path: str, layer: int, beside: Tensor | None = None
+    statistic: InputGram | InputMoments | CrossGram, path: str, layer: int, beside: Tensor | None = None
 ) -> Observer:
     def observe(x: Tensor, mask: Tensor | None) -> None:
         try:
