@@ -13,12 +13,14 @@ from corank.quiet import quiet_imports
 
 with quiet_imports():
     import corank.evaluate
-    import corank.methods  # noqa: F401  both are packages whose names the functions below take over
+    import corank.heal
+    import corank.methods  # noqa: F401  these are packages whose names the functions below take over
     from corank.account import VERSION as __version__
     from corank.api import compress, evaluate, load
     from corank.budget import Budget
     from corank.checkpoint import dequantize, verify
     from corank.errors import CorankError
+    from corank.healing import heal
     from corank.recipe import Recipe, methods, register
     from corank.report import Report
 
@@ -31,6 +33,7 @@ __all__ = [
     "compress",
     "dequantize",
     "evaluate",
+    "heal",
     "load",
     "methods",
     "register",

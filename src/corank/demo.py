@@ -1,4 +1,4 @@
-"""The demonstration: one real model, CURing and data-aware SVD, before and after, in minutes on a laptop's processor."""
+"""The demonstration: one real model, CURing, data-aware SVD and our own recipe, before and after, on a laptop's processor."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from corank.report.table import comparison_table
 from corank.watch import Watch
 
 MODEL = "smollm2-135m"
-METHODS = ("curing", "svd-llm")
+METHODS = ("curing", "svd-llm", "best")
 PROMPT = "The most surprising thing about the history of mathematics is"
 
 
 def run_demo(out: Path, keep: str, quiet: bool, console: Console) -> list[Report]:
-    """Compress SmolLM2-135M with `curing` and `svd-llm`, evaluate and generate with both, and say where things are.
+    """Compress SmolLM2-135M with `curing`, `svd-llm` and `best`, evaluate and generate with each, and say where things are.
 
     Args:
         out: directory for the models and reports; a demo that was interrupted continues there, a finished one is replaced.
@@ -79,6 +79,6 @@ def run_demo(out: Path, keep: str, quiet: bool, console: Console) -> list[Report
     folder = out / f"{METHODS[-1]}-{float(keep):g}"
     model = AutoModelForCausalLM.from_pretrained(folder)
     print(f"\nAutoModelForCausalLM.from_pretrained({str(folder)!r}) loads: {model.num_parameters():,} parameters.")
-    print(f"The report with plots: {folder / 'report.html'}")
-    print(f"Both methods side by side: {out / 'comparison.html'}")
+    print(f"The report of {METHODS[-1]} with plots: {folder / 'report.html'}")
+    print(f"All of them side by side: {out / 'comparison.html'}")
     return reports

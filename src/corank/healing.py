@@ -159,7 +159,7 @@ def compress_and_heal(
     """
     if out is None or isinstance(model, PreTrainedModel):
         raise CorankError(
-            "heal=... needs a model on disk and out=DIRECTORY; in memory, compress first and call corank.heal.heal."
+            "heal=... needs a model on disk and out=DIRECTORY; in memory, compress first, then call corank.heal."
         )
     if not isinstance(order.text, Text):
         raise CorankError("heal=... learns from text; give text as calibration data.")
