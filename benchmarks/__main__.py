@@ -8,7 +8,19 @@ import sys
 
 import benchmarks
 
-PARTS = ("__main__", "hardware", "cells", "rounds", "shapes", "speed_report", "stopwatch")
+PARTS = (
+    "__main__",
+    "allowance",
+    "cells",
+    "chunked",
+    "hardware",
+    "linears",
+    "rounds",
+    "runner",
+    "shapes",
+    "speed_report",
+    "stopwatch",
+)
 """Modules that benchmarks are made of."""
 
 

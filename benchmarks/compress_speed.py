@@ -1,13 +1,15 @@
 """How long compression takes: CURing's job on the shape of Llama-3.1-8B, and whole models by `svd-llm` and `best`.
 
     python -m benchmarks compress-speed              # 4 of the 32 layers of the 8B shape; the 135M shape as a whole
-    python -m benchmarks compress-speed --quick      # 3 layers, few tokens; 4 layers of the 135M shape
+    python -m benchmarks compress-speed --quick      # nine minutes at most: 3 layers, few tokens; 4 layers of the 135M shape
     python -m benchmarks compress-speed --layers 32 --device cuda
 
 The weights are random, so nothing is said of quality. Calibration (forward passes) and factorization are timed apart. Where
 fewer layers were run than the model has, calibration is also given per layer, and the time of the whole model is extrapolated
 from it and marked so. The published figure for CURing, 129 seconds for Llama3.1-8B, is its authors' on their own machine (one
 H100; calibration and decomposition together), and no measurement of ours.
+
+With --minutes (quick: 9) every job has its share of the time that is left, and is left out, which is said, if that is too short.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +31,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import corank
+from benchmarks.allowance import Allowance, OutOfTime, within
 from benchmarks.hardware import hardware
 from benchmarks.rounds import free_threads
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import SHAPES, TOY, Shape
 from benchmarks.speed_report import slug
 from corank.jsonfile import write_json
+from corank.timing import Device, measure_device, predict, this_device
 
 PAPER = {"seconds": 129.0, "of": "CURing, arXiv:2501.04211: Llama3.1-8B to 7.32B parameters", "ours": False}
 COMPRESSED = 10
@@ -144,6 +149,12 @@ def curing(shape: Shape, layers: int, samples: int, length: int, device: str, ra
     return row
 
 
+def estimate(shape: Shape, layers: int, tokens: int, device: Device) -> float:
+    """Seconds that a forward pass of the calibration tokens should take, by the time model; factorization is not in it."""
+    config = shape.config(min(layers, shape.layers), min(shape.sizes["vocab_size"], 8192))
+    return predict(config, device, 1, tokens, "prefill").only("linear").seconds
+
+
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     """Print the table."""
     table = Table(title="Compression: seconds, calibration and factorization apart")
@@ -181,6 +192,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print, write JSON."""
     parser = argparse.ArgumentParser(prog="benchmarks compress-speed", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="few layers and tokens; nothing is written without --out")
+    parser.add_argument("--toy", action="store_true", help="toy sizes: does it run? no numbers to quote")
+    parser.add_argument(
+        "--minutes", type=float, help="that all of it may take (default: as many as it takes; quick: 9)"
+    )
     parser.add_argument("--layers", type=int, help="of the 8B shape that are run (default: 4; quick: 3)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2, help="at most; never more than there are free cores")
@@ -189,27 +204,70 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     load = os.getloadavg()
     torch.set_num_threads(free_threads(args.threads))
-    quick, rows = args.quick, []
-    smol, layers = SHAPES["smollm2-135m"], 4 if args.quick else 30
-    # best measures gradients, for which it needs as many tokens as a matrix has outputs
-    tokens = {"samples": 8 if quick else 64, "length": 256 if quick else 512, "device": args.device}
-    for name in args.jobs.split(","):
-        if name == "curing":
-            few = {"samples": 4, "length": 64} if quick else {"samples": 128, "length": 128}
-            rows.append(curing(SHAPES["llama-3.1-8b"], args.layers or (3 if quick else 4), device=args.device, **few))
-        elif name == "svd-llm":
-            rows.append(job(smol, "svd-llm", layers, budget={"keep": 0.8}, **tokens))
-        elif name == "best":
-            rows.append(job(smol, "best", layers, budget={"keep": 0.8}, effort="fast", **tokens))
-        else:
-            parser.error(f"unknown job {name}; known: curing, svd-llm, best")
+    quick, rows, left_out = args.quick or args.toy, [], []
+    allowance = Allowance(60 * (args.minutes or 9) if args.minutes or quick else None)
+    jobs = args.jobs.split(",")
+    if wrong := [name for name in jobs if name not in WEIGHTS]:
+        parser.error(f"unknown job {wrong[0]}; known: {', '.join(WEIGHTS)}")
+    device = _device(args.device, args.toy)
+    print(f"{len(jobs)} jobs, {allowance.describe()} in all", flush=True)
+    for i, name in enumerate(jobs):
+        share = allowance.part(WEIGHTS[name] / sum(WEIGHTS[other] for other in jobs[i:]))
+        shape, sizes, work = _job(name, args, quick)
+        expected = estimate(shape, sizes["layers"], sizes["samples"] * sizes["length"], device)
+        print(f"{name}: a pass over the tokens takes about {expected:.1f} s; {share.describe()}", flush=True)
+        try:
+            with within(share):
+                rows.append(work())
+        except OutOfTime:
+            print(
+                f"{name} left out: it takes longer than the time that is allowed; give --minutes or fewer --layers",
+                flush=True,
+            )
+            left_out.append(name)
+            continue
         show(rows[-1:], Console(width=140))
-    found = {"hardware": hardware(), "quick": quick, "load_before": load, "load_after": os.getloadavg(), "rows": rows}
+    found = {
+        "hardware": hardware(),
+        "quick": quick,
+        "toy": args.toy,
+        "load_before": load,
+        "load_after": os.getloadavg(),
+    }
+    found |= {"left_out": left_out, "rows": rows}
     out = args.out or (
         None if quick else f"benchmarks/results/compress-speed-{slug(found['hardware']['processor'])}.json"
     )
     if out:
         print(f"wrote {write_json(out, found)}")
+
+
+#: job -> weight in the time allowed
+WEIGHTS = {"curing": 3.0, "svd-llm": 1.0, "best": 2.0}
+
+
+def _job(
+    name: str, args: argparse.Namespace, quick: bool
+) -> tuple[Shape, dict[str, int], Callable[[], dict[str, Any]]]:
+    """The shape of a job, its sizes, and the work."""
+    if name == "curing":
+        shape = TOY if args.toy else SHAPES["llama-3.1-8b"]
+        few = {"samples": 4, "length": 64} if quick else {"samples": 128, "length": 128}
+        sizes = {"layers": args.layers or (3 if quick else 4), **few}
+        rank = {"rank": 4} if args.toy else {}
+        return shape, sizes, lambda: curing(shape, device=args.device, **sizes, **rank)
+    shape = TOY if args.toy else SHAPES["smollm2-135m"]
+    # best measures gradients, for which it needs as many tokens as a matrix has outputs
+    few = {"samples": 8, "length": 32 if args.toy else 256} if quick else {"samples": 64, "length": 512}
+    sizes = {"layers": 4 if quick else 30, **few}
+    settings = {"effort": "fast"} if name == "best" else {}
+    return shape, sizes, lambda: job(shape, name, device=args.device, budget={"keep": 0.8}, **sizes, **settings)
+
+
+def _device(name: str, toy: bool) -> Device:
+    """What estimates are made for; at toy sizes measured badly, but in no time."""
+    dtype = torch.float32 if name == "cpu" else torch.bfloat16
+    return measure_device(name, dtype, size=64) if toy else this_device(name, dtype)
 
 
 if __name__ == "__main__":

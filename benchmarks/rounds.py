@@ -8,11 +8,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-Clock = Callable[[], float]
+from benchmarks.allowance import Allowance, Clock
 
 
 def rounds(
-    contenders: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1, clock: Clock = time.perf_counter
+    contenders: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 1,
+    clock: Clock = time.perf_counter,
+    allowance: Allowance | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each contender in every round; each round begins with another one.
 
@@ -20,16 +24,22 @@ def rounds(
         contenders: what is timed.
         repeats, warmup: rounds that count, and rounds before them.
         clock: seconds; `time.thread_time` counts only what this thread computes, whatever else the machine does.
+        allowance: no round is begun that would not end in time, judging by the last one; but one that counts.
     """
+    allowance = allowance or Allowance()
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(warmup + repeats):
+        before = allowance.left
         turn = repeat % len(names)
         for name in names[turn:] + names[:turn]:
             started = clock()
             contenders[name]()
             if repeat >= warmup:
                 seconds[name].append(clock() - started)
+        left = allowance.left
+        if repeat >= warmup and (not left or before - left > left):
+            break
     return seconds
 
 

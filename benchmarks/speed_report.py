@@ -30,7 +30,7 @@ def require_dense(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
-    """Print both tables."""
+    """Print the tables; what was left out for want of time has none."""
     if rows := result.get("linears"):
         require_dense(rows)
         table = Table(title="Single matrices: microseconds, times as fast as dense (range), predicted")
@@ -48,20 +48,41 @@ def show(result: Mapping[str, Any], console: Console) -> None:
                 f"{row['predicted_speedup']:.2f}",
             )
         console.print(table)
+    if rows := result.get("chunked"):
+        require_dense(rows)
+        table = Table(
+            title=f"{rows[0]['model']}, {rows[0]['tokens']} tokens: peak of activations, milliseconds, times as fast"
+        )
+        for head in ("variant", "peak MB", "saved", "ms", "as dense", "as unfused", "same bits"):
+            table.add_column(head, justify="left" if head == "variant" else "right")
+        for row in rows:
+            table.add_row(
+                row["variant"],
+                f"{row['peak_bytes'] / 1e6:.1f}",
+                f"{row['peak_saved']:.0%}",
+                f"{1e3 * row['seconds']['median']:.1f}",
+                f"{row['speedup']['median']:.2f}",
+                f"{row['speedup_over_unfused']['median']:.2f}",
+                {True: "yes", False: "no", None: "–"}[row["same_bits"]],
+            )
+        console.print(table)
     if rows := result.get("models"):
         require_dense(rows)
         table = Table(
-            title="Models: milliseconds, times as fast as dense (range), predicted ms, of floor; peak of activations"
+            title="Models: milliseconds, times as fast as dense (range), predicted ms, of floor, without the output matrix "
+            "as a share of 1 / keep; peak of activations"
         )
         heads = (
             "prefill ms",
             "speed-up",
             "predicted",
             "of floor",
+            "of 1 / keep",
             "decode ms",
             "speed-up",
             "predicted",
             "of floor",
+            "of 1 / keep",
             "peak MB",
         )
         for head in ("model", "batch", "variant", *heads):
@@ -71,7 +92,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
             for mode in ("prefill", "decode"):
                 found = row.get(mode)
                 if found is None:
-                    cells += ["–"] * 4
+                    cells += ["–"] * 5
                     continue
                 grown = found["speedup"]
                 cells += [
@@ -79,6 +100,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
                     f"{grown['median']:.2f} ({grown['min']:.2f}–{grown['max']:.2f})",
                     f"{1e3 * found['predicted_seconds']:.1f}",
                     f"{found['fraction_of_floor']:.0%}",
+                    f"{found['of_ceiling']:.2f}" if "of_ceiling" in found else "–",
                 ]
             table.add_row(*cells, "/".join(f"{b / 1e6:.1f}" for b in row["peak_bytes"].values()))
         console.print(table)

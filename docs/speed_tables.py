@@ -105,25 +105,49 @@ def linears_table() -> str:
     return "\n\n".join(parts) or NOT_YET
 
 
+def chunked_table() -> str:
+    """One MLP over chunks of tokens on processors."""
+    parts = []
+    for data in measured("speed-*.json"):
+        rows = data.get("chunked")
+        if not rows:
+            continue
+        lines = [f"{conditions(data)}: {rows[0]['model']}, {rows[0]['tokens']} tokens.\n"]
+        lines += [
+            "| | peak of activations | of unfused | times as fast as unfused | as dense |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for row in rows:
+            cells = f"{1 - row['peak_saved']:.0%} | {row['speedup_over_unfused']['median']:.2f} | {row['speedup']['median']:.2f}"
+            lines.append(f"| {row['variant']} | {row['peak_bytes'] / 1e6:.1f} MB | {cells} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or NOT_YET
+
+
 def models_table() -> str:
     """Whole models on processors."""
     parts = []
     for data in measured("speed-*.json"):
         if data["hardware"].get("gpu") or "models" not in data:
             continue
-        lines = [f"{conditions(data)}, keep {data['keep']}: times as fast as dense eager.\n"]
-        lines += ["| model | batch | | prefill | of floor | decode | of floor | peak, prefill |"]
-        lines += ["|---|---:|---|---:|---:|---:|---:|---:|"]
+        lines = [
+            f"{conditions(data)}, keep {data['keep']}: times as fast as dense eager; of 1 / keep: without the output matrix.\n"
+        ]
+        lines += [
+            "| model | batch | | prefill | of floor | of 1 / keep | decode | of floor | of 1 / keep | peak, prefill |"
+        ]
+        lines += ["|---|---:|---|---:|---:|---:|---:|---:|---:|---:|"]
         for row in data["models"]:
             cells = []
             for mode in ("prefill", "decode"):
                 found = row.get(mode)
                 cells += (
-                    ["–", "–"]
+                    ["–", "–", "–"]
                     if found is None
                     else [
                         f"{found['speedup']['median']:.2f}",
                         f"{found['fraction_of_floor']:.0%}",
+                        f"{found['of_ceiling']:.2f}" if "of_ceiling" in found else "–",
                     ]
                 )
             peak = f"{row['peak_bytes']['prefill'] / 1e6:.1f} MB"
@@ -180,6 +204,7 @@ def sections() -> dict[str, str]:
         "break-even": break_even_table(),
         "tiers": tiers_table(),
         "linears": linears_table(),
+        "chunked": chunked_table(),
         "models": models_table(),
         "gpu": gpu_table(),
         "compression": compress_table(),

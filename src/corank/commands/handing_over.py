@@ -85,9 +85,10 @@ def export(args: Namespace) -> int:
     if done.difference is not None:
         print(f"Checked: no logit is off by more than {done.difference:.2g}, where they reach {done.magnitude:.3g}.")
     if done.initializers is not None and done.optimized is not None:
+        engine = "OpenVINO" if done.format == "openvino" else "ONNX Runtime"
         copied = f" and a second copy of tied matrices ({done.copied:,})" if done.copied else ""
         print(
-            f"Numbers stored in the graph: {done.initializers:,}; after ONNX Runtime's optimization "
+            f"Numbers stored in the graph: {done.initializers:,}; after {engine}'s optimization "
             f"{done.optimized - (done.copied or 0):,}{copied}; multiplied out it would be {done.densified:,}."
         )
     return 0

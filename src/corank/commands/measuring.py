@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import sys
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
-from corank.api import load
+from corank.api import load, to_dtype
 from corank.assess import perplexities
 from corank.commands.arguments import read_texts
 from corank.commands.output import console, emit
@@ -20,7 +24,7 @@ from corank.evaluate import sample, speed
 from corank.evaluate.tasks import TaskResults, run_tasks
 from corank.report import numbers
 from corank.report.table import prediction_table, speed_table
-from corank.timing import MODES, PAYS, RUNTIMES, anatomy, find_device, predict, stored_dtype
+from corank.timing import MODES, PAYS, RUNTIMES, anatomy, drawback, find_device, predict, stored_dtype
 from corank.watch import Watch
 
 
@@ -113,13 +117,40 @@ def bench(args: Namespace) -> int:
         raise CorankError("Give --baseline, the dense model to compare with, or --predict to time nothing.")
     if args.device_model is not None and not args.predict:
         raise CorankError("--device-model is what --predict predicts for; give both.")
+    with threads(args.threads):
+        return _bench(args, batches)
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Inside, PyTorch computes with so many threads; None: as many as before.
+
+    Raises:
+        CorankError: fewer than one, or more than there are cores.
+    """
+    cores, before = os.cpu_count() or 1, torch.get_num_threads()
+    if count is not None:
+        if not 1 <= count <= cores:
+            raise CorankError(f"--threads {count} does not suit this machine; give 1 to {cores}.")
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bench(args: Namespace, batches: Sequence[int]) -> int:
+    dtype = to_dtype(args.dtype)
     found: list[dict[str, Any]] = []
     if args.baseline is not None:
-        models = {"dense": load(args.baseline)[0]}
+        models = {"dense": load(args.baseline, dtype=dtype)[0]}
         for name in args.models:
             for runtime in args.runtime.split(","):
                 label = Path(name).name if runtime == "torch" else f"{Path(name).name} ({runtime})"
-                models[label] = load(name, runtime=runtime)[0]
+                models[label] = load(name, dtype=dtype, runtime=runtime)[0]
+        for sentence in dict.fromkeys(drawback(model.dtype, model.device) for model in models.values()):
+            if sentence is not None:
+                print(sentence, file=sys.stderr)
         rows = speed(
             models,
             prompt_tokens=args.prompt_tokens,
@@ -131,7 +162,7 @@ def bench(args: Namespace) -> int:
         found = [row.to_json() for row in rows]
     expected = []
     if args.predict and (args.baseline is None or args.device_model is not None):
-        expected = _predictions(args.models, args.device_model, batches, args.prompt_tokens)
+        expected = _predictions(args.models, args.device_model, batches, args.prompt_tokens, dtype)
     if args.json:
         emit({"measured": found, "predicted": expected} if args.predict else found)
         return 0
@@ -145,13 +176,13 @@ def bench(args: Namespace) -> int:
 
 
 def _predictions(
-    names: Sequence[str], device: str | None, batches: Sequence[int], context: int
+    names: Sequence[str], device: str | None, batches: Sequence[int], context: int, dtype: torch.dtype | None
 ) -> list[dict[str, Any]]:
     """Every model in every runtime, beside what it was before it was compressed; from configurations alone."""
     rows = []
     for name in names:
         model = anatomy(name)
-        where = find_device(device, stored_dtype(name))
+        where = find_device(device, dtype or stored_dtype(name))
         runtimes = [name for name in RUNTIMES if name != "triton" or where.threads is None]  # no kernels on a CPU
         for mode, batch, runtime in itertools.product(MODES, batches, runtimes):
             if mode == "decode" and not model.causal:

@@ -1,9 +1,9 @@
-"""Handing a model over to other runtimes: a dense checkpoint, ONNX, a torch.export program, GGUF.
+"""Handing a model over to other runtimes: a dense checkpoint, ONNX, OpenVINO, a torch.export program, GGUF.
 
 An export is a new directory (a file for GGUF) that appears complete or not at all, and only after it has been
-checked: the ONNX graph by running it in ONNX Runtime, the torch program by loading it back and running it, each
-on batches and lengths other than the one it was traced with, padded sequences among them. In both the factors
-stay factors; for ONNX that is also checked in the graph that ONNX Runtime makes of it when it folds constants.
+checked: the graphs by running them in ONNX Runtime and OpenVINO, the torch program by loading it back and running it,
+each on batches and lengths other than the one it was traced with, padded sequences among them. In all of them the
+factors stay factors; that is also checked in the graphs that ONNX Runtime and OpenVINO make when they fold constants.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from corank.factors import ExpertList
 from corank.jsonfile import write_json
 from corank.model import resolve
 
-FORMATS = ("dense", "onnx", "torch", "gguf")
+FORMATS = ("dense", "onnx", "openvino", "torch", "gguf")
 INPUTS = ("input_ids", "attention_mask")
 #: (batch, length) of the trace, and of the checks
 TRACED = (2, 8)
@@ -53,8 +53,8 @@ class Export:
         difference: largest absolute difference of a logit from the model's own over all checks; None for formats
             that have no logits to check (dense, gguf).
         magnitude: largest absolute logit in the checks.
-        initializers: for ONNX, numbers stored in the graph as exported.
-        optimized: the same after ONNX Runtime's optimization.
+        initializers: for ONNX and OpenVINO, numbers stored in the graph as exported.
+        optimized: the same in the graph that ONNX Runtime or OpenVINO makes of it and runs.
         copied: how many of those are a second copy of tied matrices.
         densified: parameters that the model would have if the factors had been multiplied out.
     """
@@ -84,8 +84,8 @@ def export(model: str | Path, format: str, out: str | Path, *, tolerance: float 
 
     Args:
         model: a directory, hub id or alias; compressed or dense.
-        format: "dense" (a plain Hugging Face checkpoint), "onnx" (float32), "torch" (a torch.export program in the
-            stored dtype) or "gguf" (dense, by llama.cpp's converter).
+        format: "dense" (a plain Hugging Face checkpoint), "onnx" and "openvino" (float32), "torch" (a torch.export
+            program in the stored dtype) or "gguf" (dense, by llama.cpp's converter).
         out: directory to write, absent or empty; for gguf a file name ending in ``.gguf``.
         tolerance: largest difference of a logit, as a fraction of the largest logit where that exceeds 1. For 16-bit
             torch programs at least four units in the last place.
@@ -108,22 +108,31 @@ def export(model: str | Path, format: str, out: str | Path, *, tolerance: float 
     target = checkpoint.check_target(Path(out).expanduser())
     if format == "dense":
         return _dense(path, target, step)
-    if format == "onnx":
-        from corank.serve.onnx import require_onnx, write_onnx
-
-        require_onnx()
+    write, dtype = _writer(format)
     step(f"export to {format}", 0, 4)
-    loaded, tokenizer = checkpoint.load(path, dtype=torch.float32 if format == "onnx" else None)
+    loaded, tokenizer = checkpoint.load(path, dtype=dtype)
     with _directory(target) as partial:
-        if format == "onnx":
-            found = write_onnx(loaded, partial, tolerance, step)
-        else:
-            found = _write_program(loaded, partial, tolerance, step)
+        found = write(loaded, partial, tolerance, step)
         stock_config(loaded).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         done = Export(format, target, sizes(partial), count(loaded), **found)
         write_json(partial / "export.json", done.to_json())
     return done
+
+
+def _writer(format: str) -> tuple[Callable[[Any, Path, float, Step], dict[str, Any]], torch.dtype | None]:
+    """What writes and checks a graph, and the dtype it wants the model in; its packages are there."""
+    if format == "onnx":
+        from corank.serve.onnx import require_onnx, write_onnx
+
+        require_onnx()
+        return write_onnx, torch.float32
+    if format == "openvino":
+        from corank.serve.openvino import require_openvino, write_openvino
+
+        require_openvino()
+        return write_openvino, torch.float32
+    return _write_program, None
 
 
 def _dense(path: Path, target: Path, step: Step) -> Export:

@@ -46,22 +46,10 @@ def write_onnx(model: Any, folder: Path, tolerance: float, step: Step) -> dict[s
             become dense.
     """
     file = folder / "model.onnx"
-    axes = {0: "batch", 1: "sequence"}
     exported = program(model)
     step("export to onnx", 1, 4)
-    with quiet():
-        converted = torch.onnx.export(
-            exported,
-            dynamo=True,
-            verbose=False,
-            input_names=list(INPUTS),
-            output_names=["logits"],
-            dynamic_shapes=(axes, axes),  # the names of the axes; which ones are free has been said in `program`
-        )
-        if converted is None:
-            raise CorankError(f"PyTorch's ONNX exporter gave nothing for {type(model).__name__}.")
-        converted.save(file)
-    del converted, exported
+    to_onnx(exported, file, type(model).__name__)
+    del exported
     step("export to onnx", 2, 4)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         optimized = Path(scratch) / "optimized.onnx"
@@ -83,6 +71,32 @@ def write_onnx(model: Any, folder: Path, tolerance: float, step: Step) -> dict[s
         "copied": second_copies(model, after),
         "densified": densified(model),
     }
+
+
+def to_onnx(exported: torch.export.ExportedProgram, file: Path, name: str) -> None:
+    """Write a program as an ONNX graph, by PyTorch's exporter; nothing is checked.
+
+    Args:
+        exported: see :func:`corank.serve.export.program`.
+        file: to write, with a second one beside it if it is large.
+        name: of the model's class, for the error.
+
+    Raises:
+        CorankError: the exporter gave nothing.
+    """
+    axes = {0: "batch", 1: "sequence"}
+    with quiet():
+        converted = torch.onnx.export(
+            exported,
+            dynamo=True,
+            verbose=False,
+            input_names=list(INPUTS),
+            output_names=["logits"],
+            dynamic_shapes=(axes, axes),  # the names of the axes; which ones are free has been said in `program`
+        )
+        if converted is None:
+            raise CorankError(f"PyTorch's ONNX exporter gave nothing for {name}.")
+        converted.save(file)
 
 
 def densified(model: Any) -> int:

@@ -6,6 +6,7 @@ from corank.timing.clock import Clock
 from corank.timing.device import PRESETS, Device, find_device, measure_device, this_device
 from corank.timing.kernels import Kernel, matrix_seconds
 from corank.timing.prediction import MODES, PAYS, Prediction, predict
+from corank.timing.processor import drawback, instructions
 from corank.timing.rates import Bound, measure_bound, synchronize
 from corank.timing.runtimes import RUNTIMES, Runtime
 
@@ -24,7 +25,9 @@ __all__ = [
     "anatomy",
     "break_even_rank",
     "break_even_size",
+    "drawback",
     "find_device",
+    "instructions",
     "matrix_seconds",
     "measure_bound",
     "measure_device",

@@ -53,7 +53,13 @@ def read_specs(section: Mapping[str, Any]) -> dict[str, Spec]:
     """
     dense = "or write a dense model with `corank dequantize`."
     specs = {}
-    for name, entry in CorankConfig(**section).modules.items():
+    config = CorankConfig(**section)
+    if config.shape is not None:
+        raise CorankError(
+            "The blocks of this model have widths of their own, which vLLM's model classes cannot be given; serve it by "
+            "`corank serve`, or compress the dense model with families=factorize or uniform=true."
+        )
+    for name, entry in config.modules.items():
         kind = entry.get("kind")
         if kind not in KINDS:
             raise CorankError(
