@@ -21,6 +21,7 @@ with quiet_imports():
     from corank.checkpoint import dequantize, verify
     from corank.errors import CorankError
     from corank.healing import heal
+    from corank.pruning import prune
     from corank.recipe import Recipe, methods, register
     from corank.report import Report
 
@@ -36,6 +37,7 @@ __all__ = [
     "heal",
     "load",
     "methods",
+    "prune",
     "register",
     "verify",
 ]

@@ -13,6 +13,7 @@ import transformers
 
 from corank.budget import count_break_even
 from corank.engine.job import Job
+from corank.engine.narrowing import structure_of
 from corank.engine.passes import Result
 from corank.engine.store import torch_dtype_name
 from corank.factors import KINDS
@@ -35,6 +36,9 @@ def make_report(name: str, order: Order, result: Result, job: Job, peak: int | N
     if latency is not None and job.clock is not None and latency["speedup"] < PAYS:
         grown = f"{latency['speedup']:.2f} times as fast ({job.clock.describe()})"
         warnings.append(f"Memory only: the matrices are predicted to be {grown}.")
+    structure = structure_of(job, result.plan)
+    if structure:
+        warnings.append("Loading it needs corank: its blocks have different widths.")
     report = compose(
         name,
         order,
@@ -42,15 +46,24 @@ def make_report(name: str, order: Order, result: Result, job: Job, peak: int | N
         job.source,
         data=job.data,
         dtype=job.dtype,
+        parameters=_parameters(job, result) if structure else None,
         stages=dict(job.stages),
         peak_memory_bytes=peak,
         break_even=_break_even(job.recipe, job.source.outline),
         warnings=warnings,
-        extra={} if result.distances is None else {"angular_distances": result.distances},
+        extra={**structure, **({} if result.distances is None else {"angular_distances": result.distances})},
     )
     if latency is None:
         return report
     return dataclasses.replace(report, accounting={**report.accounting, "latency": latency})
+
+
+def _parameters(job: Job, result: Result) -> int:
+    """Parameters of a result with narrower blocks: biases become shorter too, which rows of matrices do not say."""
+    saved = sum(r["params_dense"] - r["params"] for r in result.rows)
+    biased = {s.name for s in job.sites if s.bias}
+    rows = [r for r in result.rows if r["name"] in biased and "becomes" in r]
+    return job.source.outline.parameters - saved - sum(r["shape"][0] - r["becomes"]["shape"][0] for r in rows)
 
 
 def compose(

@@ -15,14 +15,17 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from corank import checkpoint
 from corank.account import document, make_report, provenance, with_bytes
+from corank.checkpoint.widths import only_narrow
 from corank.engine.claim import cache_of, claim, files_key, model_key, working
 from corank.engine.directory import DirectorySink, ElsewhereSink, MemorySink, copy_companions, small_files
 from corank.engine.job import Job
+from corank.engine.narrowing import stored_shape
 from corank.engine.passes import Result, run
 from corank.engine.store import torch_dtype_name
 from corank.engine.world import World, device_of, joined
 from corank.errors import CorankError, unknown
 from corank.evaluate import PeakMemory, Perplexity, perplexity
+from corank.gates.any_size import map_of
 from corank.model import (
     ResidentModel,
     StreamedModel,
@@ -32,8 +35,9 @@ from corank.model import (
 )
 from corank.model.streaming import NotStreamable
 from corank.order import Data, Order
+from corank.recipe import Recipe
 from corank.report import Report
-from corank.structured.driver import compress_resident, compress_streamed
+from corank.structured.driver import compress_resident, compress_streamed, folds_channels
 from corank.structured.recipe import Structured
 
 Progress = Callable[[int, str, float | None], None]
@@ -164,7 +168,8 @@ def compress(
     with joined() as world:
         report = progress if progress and world.first else (lambda layer, stage, error: None)
         world.same("settings", [order.identity(), batch, None if target is None else str(target)])
-        if isinstance(order.recipe, Structured) and world.size > 1:
+        alone = isinstance(order.recipe, Structured) or order.recipe.train is not None
+        if alone and world.size > 1:
             raise CorankError(f"{method} works in one process; start it without torchrun.")
         if isinstance(model, PreTrainedModel):
             name = getattr(model.config, "_name_or_path", "") or type(model).__name__
@@ -172,16 +177,36 @@ def compress(
         world.same("models", str(model))
         device = device_of(device, world)
         path = resolve(model)
-        if json.loads((path / "config.json").read_text()).get("quantization_config"):
-            raise CorankError(f"{path} is compressed or quantized already; start from the dense model.")
+        _refuse_compressed(path, order)
+        trains = isinstance(order.recipe, Recipe) and order.recipe.train is not None
         try:
-            source = StreamedModel(path, device, to_dtype(dtype), example=order.example)
+            source = None if trains else StreamedModel(path, device, to_dtype(dtype), example=order.example)
         except NotStreamable:
+            source = None
+        if source is None:
             of_text = isinstance(order.text, Text)
             whole, words = checkpoint.load(path, dtype=to_dtype(dtype), device=device, tokenizer=of_text)
             return _in_memory(whole, words, str(model), order, target, cache, report, world, companions=path)
         assert target is not None
         return _streamed(source, str(model), order, target, cache, report, world)
+
+
+def _refuse_compressed(path: Path, order: Order) -> None:
+    """Only what is dense can be compressed: with widths of its own in every block too, but then not narrowed again.
+
+    Raises:
+        CorankError: it is not.
+    """
+    section = json.loads((path / "config.json").read_text()).get("quantization_config")
+    if not section:
+        return
+    if not only_narrow(section):
+        raise CorankError(f"{path} is compressed or quantized already; start from the dense model.")
+    if isinstance(order.recipe, Structured):
+        raise CorankError(
+            f"The blocks of {path} have been narrowed already; start from the dense model, narrow it with uniform=true, or "
+            "go on with a method that factorizes matrices, such as best."
+        )
 
 
 def load(
@@ -301,28 +326,67 @@ def _in_memory(
 ) -> Report:
     if isinstance(order.recipe, Structured):
         return compress_resident(model, tokenizer, name, order, target, progress, companions)
+    given = (model, tokenizer, name, order, target, cache, progress, world, companions)
+    if order.recipe.train is None or target is None or companions is None:
+        return _factorized(*given)
+    states = target.with_name(target.name + ".training")
+    claim(states, {**order.identity(), "batch": order.batch, "model": files_key(companions)})
+    with working(states, target):
+        return _factorized(*given, states=states)
+
+
+def _factorized(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    name: str,
+    order: Order,
+    target: Path | None,
+    cache: str | Path | None,
+    progress: Progress,
+    world: World,
+    companions: Path | None,
+    states: Path | None = None,
+) -> Report:
+    """Compress a model in memory, in place; one that is trained first goes on from the directory `states`."""
     source, sink = ResidentModel(model, example=order.example), MemorySink()
+    order = order.aligned(source.dtype, world)
     key = model_key(model) if cache or world.size > 1 else ""
     world.same("models", key)
     with tempfile.TemporaryDirectory() as own, PeakMemory() as memory:
         scratch = world.from_first(lambda: Path(own))
         job = order.job(source, tokenizer, sink, source.dtype, report=progress, scratch=scratch, world=world)
         job.cache = cache_of(cache, key, job.data) if cache else None
+        if job.recipe.train is not None:
+            job.cache = None  # what is known of the dense weights
+            ranks = job.recipe.train(job, states)
+            if job.recipe.rule is not None:
+                job.recipe = dataclasses.replace(job.recipe, rule=lambda choice: dict(ranks))
         result = run(job)
         world.wait()  # before the directory that all use is gone
     report = _report(name, order, result, job, memory.peak_bytes)
     checkpoint.attach(
-        model, {n: m.spec() for n, m in sink.modules.items()}, **provenance(order, report, result.plan.to_dict())
+        model,
+        {n: m.spec() for n, m in sink.modules.items()},
+        shape=stored_shape(job, result.plan),
+        **provenance(order, report, result.plan.to_dict()),
     )
 
     def save(directory: Path) -> Report:
         documents = {} if companions is None else {f.name: f.read_text() for f in small_files(companions)}
         checkpoint.save(model, tokenizer, directory, documents=documents)
+        _keep_map(job, directory)
         found = with_bytes(report, directory, source.outline, source.dtype)
         document(found, directory)
         return found
 
     return report if target is None else world.from_first(lambda: save(target))
+
+
+def _keep_map(job: Job, directory: Path) -> None:
+    """Write the score map of a run that has trained one, from which `corank.prune` makes smaller models."""
+    found = map_of(job.scored, job.recipe, job.limit, job.dtype)
+    if found is not None:
+        found.save(directory)
 
 
 def _report(name: str, order: Order, result: Result, job: Job, peak: int | None) -> Report:
@@ -341,9 +405,11 @@ def _streamed(
     progress: Progress,
     world: World,
 ) -> Report:
+    folds_channels(order, source)  # tells what it needs before a tokenizer is missed
     tokenizer = load_tokenizer(source.path) if isinstance(order.text, Text) else None
     if isinstance(order.recipe, Structured):
         return compress_streamed(source, tokenizer, name, order, target, progress)
+    order = order.aligned(source.stored_dtype, world)
     work = target.with_name(target.name + ".partial")
     written = DirectorySink(work, source, source.stored_dtype)
     sink = written if world.first else ElsewhereSink(source)
@@ -370,10 +436,12 @@ def _streamed(
             notes["modules"],
             files,
             fingerprint=notes["fingerprint"],
+            shape=stored_shape(job, result.plan),
             **provenance(order, report, result.plan.to_dict()),
         )
         report = with_bytes(report, final, source.outline, source.stored_dtype)
         document(report, final)
+        _keep_map(job, final)
         checkpoint.publish(final, target)
         return report
 

@@ -79,6 +79,8 @@ def assess(
         step: progress.
     """
     small, tokenizer = load(compressed)
+    if small.main_input_name != "input_ids":  # of images or sound: there is no text to judge it by
+        return report
     after = perplexities(small, tokenizer, texts, windows, window, report.method, step)
     generation = {report.method: continuation(small, tokenizer, prompt)}
     before = known

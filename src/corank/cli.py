@@ -148,6 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
         "time prefill and decoding, interleaved, against a baseline",
         "  corank bench small --baseline smollm2-135m --batch 1,8\n"
         "  corank bench small --baseline smollm2-135m --predict          # predicted beside measured\n"
+        "  corank bench small --baseline smollm2-135m --dtype bfloat16 --threads 1\n"
         "  corank bench small --predict --device-model h200              # nothing is timed, no weight is read",
     )
     sub.add_argument("models", nargs="+", help="directories, dense or compressed")
@@ -163,6 +164,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="what to predict for: h200, a JSON file that describes a device, cpu, cuda (default: this one)",
     )
     sub.add_argument("--batch", default="1", help="batch sizes, separated by commas")
+    sub.add_argument("--dtype", help="of the weights, e.g. bfloat16 (default: as stored)")
+    sub.add_argument(
+        "--threads", type=int, help="of the processor, no more than it has cores without work (default: PyTorch's)"
+    )
     sub.add_argument("--prompt-tokens", type=int, default=256)
     sub.add_argument("--new-tokens", type=int, default=32)
     sub.add_argument("--repeats", type=int, default=5)
@@ -208,6 +213,16 @@ def build_parser() -> argparse.ArgumentParser:
     _windows(sub, 16)
 
     sub = command(
+        "prune",
+        "make a smaller model out of a directory with a score map (compress --method acip or acip-units), in seconds",
+        "  corank prune small --keep 0.63 --out smaller\n  corank prune small --bytes 60MB --out smaller",
+    )
+    sub.add_argument("model", help="a directory that `corank compress --method acip` or `corank prune` has written")
+    _budget(sub)
+    sub.add_argument("--uniform", action="store_true", help="of acip-units: the same widths in all blocks")
+    sub.add_argument("--out", required=True, help="directory to write; it must not exist or be empty")
+
+    sub = command(
         "methods", "list the methods, or show one", "  corank methods\n  corank methods 'svd*'\n  corank methods curing"
     )
     sub.add_argument("pattern", nargs="?", default="*", help="a name, or a glob")
@@ -249,14 +264,15 @@ def build_parser() -> argparse.ArgumentParser:
         "export",
         "write a model for another runtime, checked against the original",
         "  corank export small --format onnx --out small-onnx\n  corank export small --format torch --out small-pt2\n"
+        "  corank export small --format openvino --out small-openvino\n"
         "  corank export small --format dense --out plain\n  corank export small --format gguf --out small.gguf",
     )
     sub.add_argument("model", help=MODEL + "; dense or compressed")
     sub.add_argument(
         "--format",
         required=True,
-        choices=("dense", "onnx", "torch", "gguf"),
-        help="onnx (float32) and torch (a torch.export program) keep the factors; dense (a plain Hugging Face directory) and "
+        choices=("dense", "onnx", "openvino", "torch", "gguf"),
+        help="onnx and openvino (float32) and torch (a torch.export program) keep the factors; dense (a plain Hugging Face directory) and "
         "gguf (for llama.cpp, by its own converter) multiply them out and are as large as the original",
     )
     sub.add_argument("--out", required=True, help="directory to write (a file name for gguf); it must not exist")
@@ -308,7 +324,8 @@ def _method(sub: argparse.ArgumentParser, default: str | None = "best") -> None:
         default=[],
         metavar="NAME=VALUE",
         help="a parameter of the method (see `corank methods NAME`), or one that all share: allocate=uniform|lagrange|..., "
-        "pack=true, target=dense|shifted|anchored, refit=true, affine=true, floor=0.3, multiple_of=16, currency=relative|energy; may be repeated",
+        "pack=true, target=dense|shifted|anchored, refit=true, affine=true, floor=0.3, multiple_of=16|auto, currency=relative|energy; "
+        "may be repeated",
     )
     group.add_argument(
         "--effort",

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from corank import checkpoint
 from corank.api import check_target, compress, load, load_tokenizer
+from corank.checkpoint.widths import only_narrow
 from corank.engine.world import device_of, joined, started
 from corank.errors import CorankError
 from corank.evaluate.perplexity import adds_bos
@@ -222,7 +223,8 @@ def _teacher(given: str | Path | PreTrainedModel, named: bool, device: str) -> R
             raise CorankError(f"{path} does not say which dense model it was made from; give it (--teacher).")
         path = Path(found)
     found_at = resolve(str(path))
-    if read_json(found_at / "config.json").get("quantization_config"):
+    section = read_json(found_at / "config.json").get("quantization_config")
+    if section and not only_narrow(section):
         raise CorankError(f"The teacher {path} is compressed or quantized itself; give the dense model (--teacher).")
     try:
         return StreamedModel(found_at, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import tempfile
@@ -17,16 +16,16 @@ from transformers import AutoConfig
 from corank.api import load_tokenizer, to_dtype
 from corank.checkpoint import CorankConfig
 from corank.engine.directory import MemorySink
+from corank.engine.narrowing import narrowed_sites
 from corank.engine.passes import prepare
 from corank.engine.site import read_site, stored
 from corank.errors import CorankError
-from corank.model import Outline, Site, StreamedModel, outline
+from corank.model import Site, StreamedModel, outline
 from corank.order import Order
 from corank.report.report import ROLES
 from corank.structured.outcome import rows_of
 from corank.structured.plan import make_plan
 from corank.structured.recipe import Structured
-from corank.structured.shape import BlockShape, matrix_after, shape_of_block
 from corank.structured.task import Task
 
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
@@ -47,8 +46,6 @@ def describe(path: Path) -> dict[str, Any]:
     ours = CorankConfig.from_dict(section) if section.get("quant_method") == "corank" else CorankConfig()
     modules, config = ours.modules, AutoConfig.from_pretrained(path)
     plan = outline(config)
-    if ours.shape is not None:
-        plan = _as_stored(plan, config, ours.shape)
     roles = []
     names = {site.name: site for site in plan.sites}
     for role, sites in by_role(list(plan.sites)).items():
@@ -122,15 +119,17 @@ def plan_for(
     with tempfile.TemporaryDirectory() as scratch:
         job = order.job(source, tokenizer, MemorySink(), source.stored_dtype, report=watch, scratch=Path(scratch))
         prepared = prepare(job)
+        narrow = narrowed_sites(job, prepared.plan)
     roles = []
     for role, sites in by_role(job.sites).items():
         choices = {s.name: prepared.plan.choices[s.name] for s in sites}
         ranks = [c.rank for c in choices.values() if not c.is_dense]
-        after = sum(stored(job.recipe, s, choices[s.name]) for s in sites)
+        after = sum(stored(job.recipe, narrow[s.name], choices[s.name]) for s in sites)
         losses = []
         for s in sites:
             curve = prepared.curves.get(s.name)
-            alone = choices[s.name].basis is None  # what a member of a group loses is not on its own curve
+            # what a member of a group loses, or what is left of a matrix, is not on its own curve
+            alone = choices[s.name].basis is None and narrow[s.name] is s
             if alone and curve is not None and curve.loss[0] > 0:
                 losses.append(
                     0.0 if choices[s.name].is_dense else math.sqrt(curve.loss[choices[s.name].rank] / curve.loss[0])
@@ -157,6 +156,7 @@ def plan_for(
         "dense": sum(s.numel for s in job.sites),
         "roles": roles,
         "choices": plan.to_dict()["choices"],
+        **({"widths": plan.widths} if plan.widths else {}),
     }
 
 
@@ -197,14 +197,3 @@ def _plan_of_blocks(task: Task) -> dict[str, Any]:
         "choices": {row["name"]: {"kind": row["kind"], **row["becomes"]} for row in rows},
         "structure": plan.to_dict(),
     }
-
-
-def _as_stored(plan: Outline, config: Any, shape: Mapping[str, Any]) -> Outline:
-    """The outline of a model whose blocks have widths of their own: that of its configuration, with their matrices."""
-    sites: list[Site] = []
-    for layer, width in enumerate(shape["blocks"]):
-        mine = plan.in_layer(layer)
-        before, after = shape_of_block(config, mine), BlockShape.from_dict(width)
-        sites += [dataclasses.replace(s, shape=matrix_after(s, before, after)) for s in mine]
-    saved = sum(s.numel for s in plan.sites) - sum(s.numel for s in sites)
-    return dataclasses.replace(plan, sites=tuple(sites), parameters=plan.parameters - saved)

@@ -12,9 +12,20 @@ import torch
 
 from corank.budget import Budget
 from corank.engine.job import Job
+from corank.engine.world import ALONE, World
 from corank.errors import CorankError
 from corank.evaluate.perplexity import adds_bos
-from corank.model import Calibration, Examples, ResidentModel, Source, Text, calibration, read_text, select_sites
+from corank.model import (
+    Calibration,
+    Examples,
+    ResidentModel,
+    Source,
+    Text,
+    calibration,
+    prompted,
+    read_text,
+    select_sites,
+)
 from corank.probing import training
 from corank.recipe import Recipe, get
 from corank.structured.recipe import Structured
@@ -41,6 +52,10 @@ def _check_timed(method: str, recipe: Recipe | Structured) -> None:
         raise CorankError(f"{method} has a rank rule of its own; for a budget of time set allocate=lagrange.")
     if recipe.share != "none":
         raise CorankError(f"share={recipe.share} is chosen by parameters; a budget of time needs share=none.")
+    if recipe.families not in ("factorize", "auto"):
+        raise CorankError(
+            f"families={recipe.families} is chosen by parameters; a budget of time needs families=factorize."
+        )
     if recipe.allocate in training.FAMILIES:
         raise CorankError(f"allocate={recipe.allocate} learns sizes; a budget of time needs another, such as lagrange.")
 
@@ -91,6 +106,8 @@ class Order:
         limit = Budget.parse(**budget, scope=scope) if given or recipe.needs_budget else None
         if limit is not None and limit.latency is not None:
             _check_timed(method, recipe)
+            if recipe.families == "auto":
+                recipe = recipe.overridden({"families": "factorize"})  # widths are chosen by parameters
         text = _calibration_data(data) if recipe.needs_text else None
         return cls(method, {**entry.parameters, **settings}, recipe, limit, text, **rest)
 
@@ -123,6 +140,23 @@ class Order:
             raise CorankError("Give tokenizer=..., which calibration needs.")
         return calibration(tokenizer, self.text, self.samples, self.length, self.seed, bos=adds_bos(tokenizer))
 
+    def aligned(self, dtype: torch.dtype, world: World = ALONE) -> Order:
+        """The same with a number for ``multiple_of=auto``, so that reports and recipes say which it was.
+
+        It is the quantum of the device that a budget of time is for, else of this machine: see
+        :func:`corank.timing.measure_quantum`.
+
+        Args:
+            dtype: of the weights.
+            world: the processes of the run; the first one measures.
+        """
+        if not isinstance(self.recipe, Recipe) or self.recipe.multiple_of:
+            return self
+        where = self.budget.latency_device if self.budget is not None else None
+        quantum = world.from_first(lambda: find_device(where, dtype).quantum)
+        recipe = self.recipe.overridden({"multiple_of": quantum})
+        return replace(self, recipe=recipe, settings={**self.settings, "multiple_of": quantum})
+
     def job(self, source: ResidentModel, tokenizer: Any, sink: Any, dtype: torch.dtype, **rest: Any) -> Job:
         """The engine's job for a model.
 
@@ -130,19 +164,22 @@ class Order:
             CorankError: unknown sites, a text too short, a budget below what is not compressed.
         """
         assert isinstance(self.recipe, Recipe)
+        world = rest.get("world", ALONE)
         plan = source.outline
         sites = select_sites(plan.sites, self.recipe.targets, self.recipe.ignore, plan.optional)
         data = self.windows(tokenizer)
         heldout = None
         if self.recipe.looks and isinstance(self.text, Text) and data is not None:
             heldout = self._held_out(tokenizer, data, self.recipe.probe_windows)
-        recipe, limit, clock = self.recipe, None, None
+        recipe: Any = self.aligned(dtype, world).recipe
+        limit, clock = None, None
         if self.budget is not None and self.budget.latency is not None:
-            device = find_device(self.budget.latency_device, dtype)
+            where = self.budget.latency_device
+            device = world.from_first(lambda: find_device(where, dtype))  # no two measurements are alike
             clock = Clock(device, self.budget.latency_batch, self.budget.latency_tokens)
             limit = clock.limit(sites, self.budget.latency)
             if recipe.multiple_of == 1:
-                recipe = replace(recipe, multiple_of=device.quantum)
+                recipe = recipe.overridden({"multiple_of": device.quantum})
         elif self.budget is not None:
             inside = sum(s.numel for s in sites)
             limit = self.budget.limit(inside, source.outline.parameters - inside, dtype.itemsize * 8)
@@ -157,6 +194,8 @@ class Order:
         """
         assert isinstance(self.recipe, Structured) and self.budget is not None
         data = self.windows(tokenizer)
+        if data is not None and self.recipe.prompt and not data.examples:
+            data = prompted(tokenizer, data, self.recipe.prompt)
         return Task(source, self.recipe, self.budget, data, dtype, seed=self.seed, batch=self.batch, **rest)
 
     def _held_out(self, tokenizer: Any, data: Calibration, count: int) -> Calibration:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from corank.budget import ALLOCATORS, MEASURED
 from corank.errors import CorankError, unknown
 from corank.factorize import Factorizer, Geometry, Measured, Spectral, plain
+from corank.learning import Learning
 from corank.registry import _METHODS as _METHODS
 from corank.registry import Method as Method
 from corank.registry import from_yaml as from_yaml
@@ -32,6 +33,7 @@ from corank.rule import Rule
 TARGETS = ("dense", "shifted", "anchored", "mixed", "adaptive")
 STARTS = ("target", "dense")
 LABELS = ("data", "sampled", "top5")
+FAMILIES = ("factorize", "narrow", "both", "auto")
 SHARES = ("none", "pairs", "siblings", "layers", "auto")
 
 
@@ -66,17 +68,22 @@ class Recipe:
             have the same input, "layers", those of neighbouring layers, or "auto", wherever one basis loses less than
             several at the same cost.
         group: number of neighbouring layers that share.
+        families: what may be done to the matrices: "factorize" each of them, "narrow" the channels and heads between them,
+            or "both", wherever one loses less than the other at the same cost; "auto": both, if the other settings allow it.
         targets: roles, globs or ``re:`` patterns of the sites to compress; None: all.
         ignore: the same, of sites to leave alone.
         floor: lowest rank, as a fraction of the uniform one.
-        multiple_of: ranks are multiples of this.
+        multiple_of: ranks are multiples of this; 0 (`auto`): of what this machine's products are fastest at.
         probe_windows: held-out windows on which an allocator that looks at the model compares its predictions.
         trials: whole choices of ranks that allocate=bolaco tries.
-        steps: of training, for allocators that learn ranks (ara, dobi-svd).
+        steps: of training, for allocators that learn ranks (ara, dobi-svd, acip).
+        learning: how allocate=acip trains.
         heal: how the result is trained afterwards (`corank.heal.ways`), "none" for closed forms alone.
         epochs: passes of that training over the calibration text.
         minutes: its end by the clock, if that comes first; None for none.
         fallback: what to do, with a warning, where gradients cannot be had; None: that is an error.
+        train: trains the dense model first, in memory and in place, and names ranks for `rule` to hand on; an allocator that
+            is asked for takes its place. Called with (job, directory for its state or None).
     """
 
     statistics: tuple[str, ...] = ()
@@ -96,6 +103,7 @@ class Recipe:
     pack: bool = False
     share: str = "none"
     group: int = 2
+    families: str = "factorize"
     targets: tuple[str, ...] | None = None
     ignore: tuple[str, ...] | None = None
     floor: float = 0.0
@@ -103,10 +111,12 @@ class Recipe:
     probe_windows: int = 4
     trials: int = 24
     steps: int = 64
+    learning: Learning = Learning()
     heal: str = "none"
     epochs: float = 2.0
     minutes: float | None = None
     fallback: Recipe | None = None
+    train: Callable[..., Mapping[str, int]] | None = None
 
     COMMON: ClassVar[tuple[str, ...]] = (
         "allocate",
@@ -153,8 +163,8 @@ class Recipe:
             raise CorankError("mix must be between 0 and 1, and ridge and alternations must not be negative.")
         if self.currency not in ("relative", "energy"):
             raise unknown("currency", self.currency, ("relative", "energy"))
-        if self.multiple_of < 1 or not 0 <= self.floor <= 1:
-            raise CorankError("multiple_of must be at least 1, and floor between 0 and 1.")
+        if self.multiple_of < 0 or not 0 <= self.floor <= 1:
+            raise CorankError("multiple_of must be at least 1, or auto, and floor between 0 and 1.")
         if min(self.probe_windows, self.trials, self.steps) < 1:
             raise CorankError("probe_windows, trials and steps must be at least 1.")
         if self.heal != "none":
@@ -170,6 +180,7 @@ class Recipe:
         if self.group < 1:
             raise CorankError("group must be at least 1 layer.")
         self._check_sharing()
+        self._check_families()
         if "gradient-mean" in self.statistics and self.labels != "data":
             raise CorankError(
                 f"labels={self.labels} makes the mean gradient pure noise; allocate=zs-svd needs labels=data."
@@ -187,6 +198,32 @@ class Recipe:
                 f"start=dense factorizes for the dense model's inputs, and nothing would move the factors to the "
                 f"{self.target} target; set refit=true or alternations=1 as well."
             )
+
+    def _check_families(self) -> None:
+        if self.families not in FAMILIES:
+            raise unknown("choice of families", self.families, FAMILIES)
+        missing = self._missing_to_narrow()
+        if missing and self.families in ("narrow", "both"):
+            raise CorankError(f"families={self.families} needs {', '.join(missing)}.")
+
+    def _missing_to_narrow(self) -> list[str]:
+        """Widths are chosen with ranks by what both lose, added up over the model, at the dense model's inputs."""
+        wanted = {
+            "a method that truncates": type(self.factorize) is Spectral,
+            "allocate=lagrange or knapsack": self.rule is None and self.allocate in ("lagrange", "knapsack"),
+            "currency=energy": self.currency == "energy",
+            "target=dense and no refit": not self.sequential,
+            "affine=false": not self.affine,
+            "share=none": self.share == "none",
+        }
+        return [what for what, there in wanted.items() if not there]
+
+    @property
+    def narrowing(self) -> str:
+        """`families`, "auto" being decided."""
+        if self.families != "auto":
+            return self.families
+        return "factorize" if self._missing_to_narrow() else "both"
 
     def _check_sharing(self) -> None:
         """Sharing is one truncation of several matrices at the dense model's inputs, by an allocator that adds up curves."""
@@ -241,12 +278,12 @@ class Recipe:
     @property
     def needs_text(self) -> bool:
         """Whether anything is measured on calibration data."""
-        return bool(self.statistics) or self.sequential or self.looks
+        return bool(self.statistics) or self.sequential or self.looks or self.train is not None
 
     @property
     def needs_budget(self) -> bool:
         """Whether it has no rule of its own that says how large the result is."""
-        return self.rule is None
+        return self.rule is None or self.train is not None
 
     def overridden(self, fields: Mapping[str, Any]) -> Recipe:
         """The same with some fields set; an allocator that is asked for replaces the paper's own rule."""

@@ -114,7 +114,13 @@ class Method:
         return self.build(**own).overridden(common)
 
 
+LEFT_OPEN = {"multiple_of": 0}
+"""Settings that may be `auto`, found when the model is known, and the value that says so until then."""
+
+
 def _convert(name: str, value: Any, hint: Any) -> Any:
+    if value == "auto" and name in LEFT_OPEN:
+        return LEFT_OPEN[name]
     union = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in union):
         return None

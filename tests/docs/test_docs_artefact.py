@@ -110,10 +110,13 @@ def test_the_page_on_evaluating(room, monkeypatch, capsys):
 def test_the_page_on_serving(room, capsys):
     page = Page("serving.md")
     page.run()
-    assert [ran.split()[0] for ran in page.ran[:4]] == ["compress", "export", "export", "export"]
-    assert page.ran.count("python") == 3
+    assert [ran.split()[0] for ran in page.ran[:5]] == ["compress", *["export"] * 4]
+    assert page.ran.count("python") == 4
     models, *rest = next(ran for ran in page.ran if ran.startswith('{"object": "list"')).split("}{")
     assert '"small"' in models and '"text_completion"' in "".join(rest) and "data: [DONE]" in "".join(rest)
-    assert {p.name for p in room.iterdir()} == {"small", "small-onnx", "small-torch", "small-dense"}
-    sizes = {f: sum(p.stat().st_size for p in (room / f"small-{f}").glob("model*")) for f in ("onnx", "torch", "dense")}
+    assert {p.name for p in room.iterdir()} == {"small", "small-onnx", "small-openvino", "small-torch", "small-dense"}
+    sizes = {
+        f: sum(p.stat().st_size for p in (room / f"small-{f}").glob("model*"))
+        for f in ("onnx", "openvino", "torch", "dense")
+    }
     assert all(size > 10_000 for size in sizes.values())

@@ -8,9 +8,10 @@ without them, spend nothing where nothing is saved, and leave less than one step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from corank.budget.bayesian import bolaco
+from corank.budget.c_step import lc_rank
 from corank.budget.curve import Curve
 from corank.budget.knapsack import knapsack
 from corank.budget.options import (
@@ -87,10 +88,27 @@ def lagrange(curves: Sequence[Curve], limit: int, *, floor: float = 0.0, multipl
     return ranks_of(curves, options, fill(options, along_hulls(options, limit), limit))
 
 
+def learned(
+    curves: Sequence[Curve],
+    limit: int,
+    *,
+    floor: float = 0.0,
+    multiple_of: int = 1,
+    ranks: Mapping[str, int | None] | None = None,
+) -> dict[str, int | None]:
+    """Ranks that have been chosen already, from a score map (`corank.gates.components`); without one, those of `strs`.
+
+    Raises:
+        CorankError: as in `lagrange`.
+    """
+    return strs(curves, limit, floor=floor, multiple_of=multiple_of) if ranks is None else dict(ranks)
+
+
 ALLOCATORS: dict[str, Allocator] = {
     "uniform": uniform,
     "lagrange": lagrange,
     "knapsack": knapsack,
+    "lc-rank": lc_rank,
     "inv-log-loss": inv_log_loss,
     "d-rank": d_rank,
     "swift-svd": swift_svd,
@@ -103,9 +121,10 @@ ALLOCATORS: dict[str, Allocator] = {
     "zs-svd": zero_sum,
     "ara": strs,
     "dobi-svd": strs,
+    "acip": learned,
 }
 
-MEASURED = frozenset({"lems", "asvd-search", "bolaco", "zs-svd", "ara", "dobi-svd"})
+MEASURED = frozenset({"lems", "asvd-search", "bolaco", "zs-svd", "ara", "dobi-svd", "acip"})
 """Those whose curves, or whose judge, the engine first measures on the model itself (`corank.probing`)."""
 
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -50,6 +50,8 @@ class Plan:
         limit: stored values that were allowed over the sites.
         cost: stored values of the choices.
         predicted_loss: sum of the predicted losses, or None where they are not known.
+        widths: for hidden vectors that become narrower, by the name of the matrix that reads them, the units that stay; the
+            ranks are those of the matrices that are left.
     """
 
     choices: dict[str, Choice]
@@ -57,6 +59,16 @@ class Plan:
     limit: int
     cost: int
     predicted_loss: float | None = None
+    widths: dict[str, int] = field(default_factory=dict)
+
+    def with_dense(self, shapes: Mapping[str, tuple[int, int]]) -> Plan:
+        """The same for all sites that are named, in this order, where those without a choice are dense.
+
+        Args:
+            shapes: site -> (m, n).
+        """
+        dense = {name: Choice(DENSE, min(shape)) for name, shape in shapes.items()}
+        return replace(self, choices={name: self.choices.get(name, each) for name, each in dense.items()})
 
     @classmethod
     def from_ranks(
@@ -102,6 +114,8 @@ class Plan:
         for choice in data["choices"].values():
             if choice["basis"] is None:
                 del choice["basis"]
+        if not self.widths:
+            del data["widths"]
         return data
 
     @classmethod
@@ -123,6 +137,7 @@ class Plan:
                 int(data["limit"]),
                 int(data["cost"]),
                 None if loss is None else float(loss),
+                {str(name): int(units) for name, units in data.get("widths", {}).items()},
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CorankError(f"This is not a plan ({error!r}); write it with Plan.to_json.") from None

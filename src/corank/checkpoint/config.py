@@ -26,7 +26,9 @@ class CorankConfig(QuantizationConfigMixin):
         factor_quantization: how many matrices are stored as integers, {"library", "matrices": {"int8": 28, ...}};
             which they are is in `modules`, from which this is made.
         shape: widths of every block where they differ, {"blocks": [{"channels", "heads", "kv_heads", "head_dim", ...}, ...]};
-            the rest of config.json then describes the blocks before they were narrowed.
+            with "residual": [width, ...] those of all places of the residual stream, which then passes through maps; of a
+            convolutional network {"blocks": [], "tensors": {name: shape}} in their place. The rest of config.json describes
+            the model before it was narrowed.
         unknown: keys of later minor versions, ignored.
 
     Raises:

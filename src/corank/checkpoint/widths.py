@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from corank.checkpoint.config import QUANT_METHOD
+from corank.checkpoint.skeleton import resolve
 from corank.errors import CorankError
 from corank.factors import shape_of
 from corank.model.archs import is_linear, role_of
 from corank.model.outline import lists_of_blocks
 from corank.model.site import Site
+from corank.structured.convolutions import resize
+from corank.structured.maps import map_residual
 from corank.structured.shape import BlockShape, narrow_empty, set_attributes, shape_of_block
 
 
@@ -29,6 +33,35 @@ def matrices_of(block: nn.Module, prefix: str, layer: int) -> list[Site]:
     ]
 
 
+def widths_of(config: Any) -> dict[str, Any] | None:
+    """The widths of blocks that a configuration was stored with, as in `CorankConfig`; None if it says them itself."""
+    section = getattr(config, "quantization_config", None)
+    known = section if isinstance(section, Mapping) else vars(section) if section is not None else {}
+    return known.get("shape") if known.get("quant_method") == QUANT_METHOD else None
+
+
+def only_narrow(section: Mapping[str, Any] | None) -> bool:
+    """Whether a model is dense although it has a `quantization_config`: only the widths of its blocks are its own."""
+    section = section or {}
+    return section.get("quant_method") == QUANT_METHOD and bool(section.get("shape")) and not section.get("modules")
+
+
+def block_shapes(config: Any, blocks: Sequence[Sequence[Site]]) -> list[BlockShape]:
+    """The widths of all blocks of a model, narrowed before or not.
+
+    Args:
+        config: of the model.
+        blocks: the matrices of each.
+
+    Raises:
+        CorankError: a block has no feed-forward network or no attention whose widths could be found.
+    """
+    stored = widths_of(config)
+    if stored is None:
+        return [shape_of_block(config, sites) for sites in blocks]
+    return [BlockShape.from_dict(each) for each in stored["blocks"]]
+
+
 def narrow_blocks(model: Any, shape: Mapping[str, Any]) -> None:
     """Give the blocks of a freshly built model the widths of a checkpoint.
 
@@ -39,6 +72,9 @@ def narrow_blocks(model: Any, shape: Mapping[str, Any]) -> None:
     Raises:
         CorankError: the widths are not those of a model like this.
     """
+    if shape.get("tensors"):
+        resize(model, shape["tensors"], resolve)
+        return
     widths = [BlockShape.from_dict(each) for each in shape.get("blocks", ())]
     path = next(iter(lists_of_blocks(model)))
     blocks: Any = model.get_submodule(path)
@@ -53,6 +89,11 @@ def narrow_blocks(model: Any, shape: Mapping[str, Any]) -> None:
         before = shape_of_block(model.config, sites)
         narrow_empty(block, sites, prefix, before, after)
         set_attributes(block, model.config, before, after)
+    if shape.get("residual"):
+        prefixes = [f"{path}.{layer}." for layer in range(len(blocks))]
+        every = [matrices_of(block, prefix, i) for i, (block, prefix) in enumerate(zip(blocks, prefixes, strict=True))]
+        roles = [{s.role: s.name.removeprefix(p) for s in sites} for p, sites in zip(prefixes, every, strict=True)]
+        map_residual(model, path, roles, [int(width) for width in shape["residual"]])
 
 
 def refuse_narrow(shape: Mapping[str, Any] | None) -> None:
@@ -61,8 +102,13 @@ def refuse_narrow(shape: Mapping[str, Any] | None) -> None:
     Raises:
         CorankError: it has.
     """
+    if shape is not None and shape.get("residual"):
+        raise CorankError(
+            "The residual stream of this model passes through maps between bases, which no plain configuration describes; "
+            "compress the dense model with rotations=one for an ordinary checkpoint."
+        )
     if shape is not None:
         raise CorankError(
             "The blocks of this model have widths of their own, which no plain configuration describes; compress the dense "
-            "model with uniform=true for an ordinary checkpoint."
+            "model with uniform=true (or families=factorize) for an ordinary checkpoint."
         )

@@ -7,6 +7,7 @@ from corank.commands.handing_over import dequantize, export, quantize, serve, ve
 from corank.commands.healing import heal
 from corank.commands.measuring import bench, eval, generate
 from corank.commands.output import console, emit
+from corank.commands.pruning import prune
 from corank.commands.showing import inspect, methods, plot
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "methods",
     "parse_settings",
     "plot",
+    "prune",
     "quantize",
     "read_texts",
     "serve",

@@ -110,6 +110,8 @@ def _compress(args: Namespace) -> int:
     finally:
         watch.close()
     write_documents(report, out)
+    # what was found for multiple_of=auto holds on any machine
+    settings = {k: report.parameters.get(k, v) if v == "auto" else v for k, v in settings.items()}
     (out / "recipe.yaml").write_text(recipe.to_yaml({**run, **budget, "set": settings}))
     if args.json:
         emit(report.to_json())

@@ -64,6 +64,7 @@ class DirectorySink:
         note = {
             "rows": rows,
             "modules": {r.site.name: r.module.spec() for r in replacements},
+            "narrowed": [row["name"] for row in rows if "becomes" in row],
             "fingerprint": {
                 name: norm_of(self._stored(t) for t in module.state_dict().values()) for name, module in modules.items()
             },
@@ -83,6 +84,10 @@ class DirectorySink:
             for key, value in merged.items():
                 value.update(note[key])
         return merged
+
+    def _narrowed(self) -> list[str]:
+        """Names of the matrices that have lost rows or columns."""
+        return [name for layer in self._layers() for name in read_json(self._note(layer)).get("narrowed", ())]
 
     def _layers(self) -> list[int]:
         """Numbers of the blocks, and of what lies around them if that was visited."""
@@ -122,7 +127,7 @@ class DirectorySink:
         everything has the model's own names.
         """
         source, modules = self.source, self.notes()["modules"]
-        changed = {f"{name}.{leaf}" for name in modules for leaf in ("weight", "bias")}
+        changed = {f"{name}.{leaf}" for name in (*modules, *self._narrowed()) for leaf in ("weight", "bias")}
         untouched = [name for name in source.keys if name not in changed]
         kept = unconverted(source.keys, untouched)
         parts = (f"{name}.{part}" for name in modules for part in ("weight", "down.weight", "up.weight"))

@@ -48,6 +48,8 @@ class Job:
         report: called with (layer, stage, relative error or None).
         world: the processes that share the work.
         heldout: windows on which an allocator that looks at the model judges it.
+        scored: components in the order in which a score map gives them up (`corank.gates.components.Scored`), once they are
+            chosen by one.
         clock: what counts the cost of a rank in time; None: parameters are counted.
     """
 
@@ -68,6 +70,7 @@ class Job:
     world: World = ALONE
     heldout: Calibration | None = None
     clock: Clock | None = None
+    scored: Any = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

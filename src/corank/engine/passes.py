@@ -9,7 +9,7 @@ the compressed model, and compresses the groups of a block in the order in which
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from corank.engine.measure import (
     results_of,
     store_of,
 )
+from corank.engine.narrowing import Ways, alternatives_of, plan_families
 from corank.engine.place import factorize_all
 from corank.engine.sharing import grouped, joint_curves, never_alone
 from corank.engine.site import cost, read_site
@@ -81,13 +82,14 @@ def prepare(job: Job) -> Preparation:
     measure_first = measure_first and (recipe.target == "dense" or needs_curves or "angular" in recipe.statistics)
     if measure_first and job.of_inputs:
         measure_inputs(job, store)
-    if needs_curves:
+    if needs_curves and recipe.narrowing != "narrow":
         curves = curves_of(job, store, skip=never_alone(recipe, job.sites))
     joint = joint_curves(job, store)
+    ways = alternatives_of(job, store)
     if "angular" in recipe.statistics:
         distances = [distance(store, layer) for layer in range(job.source.outline.layers)]
     with job.stage("allocate"):
-        plan = job.world.from_first(lambda: allocate(job, store, curves, distances, joint))
+        plan = job.world.from_first(lambda: allocate(job, store, curves, distances, joint, ways))
     return Preparation(plan, distances, curves, measure_first)
 
 
@@ -125,6 +127,7 @@ def allocate(
     curves: dict[str, Curve],
     distances: list[float] | None,
     joint: list[list[Curve]],
+    ways: Ways,
 ) -> Plan:
     """Choose the rank of every site, by the recipe's own rule or by an allocator. The one place where it is done."""
     recipe = job.recipe
@@ -148,7 +151,13 @@ def allocate(
             job.clock.require(every, limit, recipe.multiple_of)
         looked = look(job, store, every, limit)
         given = {"floor": recipe.floor, "multiple_of": recipe.multiple_of, **looked.options}
-        chosen, ranks = grouped(recipe, looked.curves, joint, limit, lambda c: ALLOCATORS[name](c, limit, **given))
+
+        def shared_out(curves: Sequence[Curve]) -> dict[str, int | None]:
+            return ALLOCATORS[name](curves, limit, **given)
+
+        if recipe.narrowing != "factorize":
+            return plan_families(job, ways, looked.curves, limit, shared_out)
+        chosen, ranks = grouped(recipe, looked.curves, joint, limit, shared_out)
         if timed:  # the plan is kept in parameters, like any other
             limit = dense
     every = [curves.get(s.name) or curve_of(recipe, s) for s in job.sites]

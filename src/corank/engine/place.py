@@ -13,8 +13,10 @@ from torch import nn
 
 from corank.budget import Plan
 from corank.engine.drift import observe_drift
+from corank.engine.hidden import Part
 from corank.engine.job import Job
 from corank.engine.measure import advance, leaders_of, measure_block, results_of, stream_of, summed
+from corank.engine.narrowing import NarrowBlock, narrow_block
 from corank.engine.routed import Pools
 from corank.engine.sharing import Sharing
 from corank.engine.site import Replacement, dense_row, factorize_site, read_site, site_geometry
@@ -54,11 +56,12 @@ def factorize_all(job: Job, store: StatisticsStore, plan: Plan, measured: bool) 
     sharing = Sharing(job, store, plan)
     for layer in range(first, job.layers):
         with job.source.block(layer) as block:
-            replacements = _factorize_block(job, store, plan, block, layer, streams, collect, sharing)
+            narrow = narrow_block(job, store, plan, block, layer)
+            replacements = _factorize_block(job, store, plan, block, layer, streams, collect, sharing, narrow)
             replacements = _with_tied(block, replacements)
             put_together(block)
-            by_name = {r.site.name: r.row for r in replacements}
-            block_rows = [by_name.get(s.name) or dense_row(s) for s in job.in_layer(layer)]
+            made = {r.site.name: r for r in replacements}
+            block_rows = [narrow.row(s, made.get(s.name)) or _row(s, made.get(s.name)) for s in job.in_layer(layer)]
             with job.stage("write"):
                 if streams:
                     saved.save(layer + 1, [stream.hidden for stream in streams.values()], stream.numbers)
@@ -80,6 +83,7 @@ def _factorize_block(
     streams: dict[str, Stream],
     collect: bool,
     sharing: Sharing,
+    narrow: NarrowBlock,
 ) -> list[Replacement]:
     sites = [s for s in job.in_layer(layer) if plan.choices[s.name].kind != "dense"]
     if "drifted" in streams:
@@ -92,11 +96,18 @@ def _factorize_block(
     replacements = []
     with job.stage("factorize"):
         replacements = _shared(
-            job, plan, sites, lambda site: _make(job, plan, block, site, lookup(site, {}), sharing, store)
+            job,
+            plan,
+            sites,
+            lambda s: _make(job, plan, block, s, lookup(s, {}), sharing, store, narrow.parts.get(s.name)),
         )
         for r in replacements:
             replace(block, job.source.outline.local(r.site), r.module)
     return replacements
+
+
+def _row(site: Site, made: Replacement | None) -> dict[str, Any]:
+    return (made.row if made is not None else None) or dense_row(site)
 
 
 def _finished(job: Job) -> list[list[dict[str, Any]]]:
@@ -136,16 +147,21 @@ def _make(
     measured: Measured,
     sharing: Sharing,
     spectra: StatisticsStore | None = None,
+    part: Part | None = None,
     **streams: Any,
 ) -> Replacement:
-    W, bias = read_site(block, site, job.source.outline.local(site))
+    if part is None:
+        W, bias = read_site(block, site, job.source.outline.local(site))
+        geometry = site_geometry(job.recipe, measured)
+    else:
+        site, W, bias, geometry = part.site, part.W, part.bias, part.geometry
     rank = plan.choices[site.name].rank
     known = None
     shared = sharing.given(site, {site.layer: block})
     if shared is None and spectra is not None and job.keeps_spectra:
-        known = truncation_of(job, spectra, site, W, site_geometry(job.recipe, measured))
+        known = truncation_of(job, spectra, site, W, geometry)
     old = block.get_submodule(job.source.outline.local(site))
-    given: dict[str, Any] = {"known": known, "shared": shared, "old": old, **streams}
+    given: dict[str, Any] = {"known": known, "shared": shared, "old": old, "geometry": geometry, **streams}
     made = factorize_site(job.recipe, site, W, bias, measured, rank, seed=job.seed, dtype=job.dtype, **given)
     sharing.connect(made)
     return made

@@ -95,6 +95,7 @@ def factorize_site(
     known: Truncation | None = None,
     shared: Factored | None = None,
     old: nn.Module | None = None,
+    geometry: Geometry | None = None,
 ) -> Replacement:
     """Factorize one site at a given rank.
 
@@ -108,6 +109,7 @@ def factorize_site(
         seed: of the run.
         dtype: of the stored factors.
         old: the layer that is replaced, if it is not a linear one.
+        geometry: what an error costs; None: the recipe's geometry of what was measured.
     """
 
     def share(target: Tensor, where: Geometry) -> float:
@@ -117,7 +119,7 @@ def factorize_site(
     aim = aim_of(
         recipe,
         W if W.dtype == torch.float64 else W.float(),
-        site_geometry(recipe, measured),
+        site_geometry(recipe, measured) if geometry is None else geometry,
         drifted=drifted if recipe.refits else None,
         cross=cross,
         share=share,

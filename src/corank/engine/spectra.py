@@ -31,18 +31,24 @@ def fingerprint(W: Tensor, geometry: Geometry, extra: str = "") -> str:
 
 
 def truncation_of(job: Job, store: StatisticsStore, site: Site, W: Tensor, geometry: Geometry) -> Truncation | None:
-    """All truncations of a site, from the store if it has them; None if the recipe does not truncate."""
+    """All truncations of a site, from the store if it has them; None if the recipe does not truncate.
+
+    Its components are in the order of what they carry, or in that of a score map if they have been chosen by one.
+    """
     factorizer = job.recipe.factorize
     if not isinstance(factorizer, Spectral):
         return None
+    if job.scored is not None:
+        found: Truncation = job.scored.truncations[site.name]
+        return found
     target = W if W.dtype == torch.float64 else W.float()
     key = fingerprint(target, geometry, factorizer.precision)
     kept = store.load_spectrum(site.layer, key)
     if kept is not None:
         return Truncation(kept["up"], kept["project"], kept["energy"], float(kept["total"]))
-    found = factorizer.decompose(target, geometry)
-    total = torch.tensor(found.total, dtype=torch.float64)
+    made = factorizer.decompose(target, geometry)
+    total = torch.tensor(made.total, dtype=torch.float64)
     store.save_spectrum(
-        site.layer, key, {"up": found.up, "project": found.project, "energy": found.energy, "total": total}
+        site.layer, key, {"up": made.up, "project": made.project, "energy": made.energy, "total": total}
     )
-    return found
+    return made

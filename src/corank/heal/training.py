@@ -85,6 +85,31 @@ class Schedule:
         return min(1.0, (done + 1e-3) / 0.1) * (0.5 + 0.5 * math.cos(math.pi * min(done, 1.0)))
 
 
+@dataclass(frozen=True)
+class Control:
+    """What a training does besides descending one loss; see `fit`.
+
+    Attributes:
+        rates: name of a parameter -> factor of its learning rate, where it is not 1; negative: the loss is ascended.
+        before: called before each step with its number, from 0.
+        after: called after each with its number and name -> parameter in float32 at least, its gradient in ``.grad``, which
+            may be changed in place; True ends the training.
+        judge: loss on held-out sequences, where it is not that of training.
+        last: the last state is the result, whatever the held-out loss says, as long as that is finite.
+        constant: the learning rate neither rises nor falls.
+        state, restore: what else has to be kept to go on where training was interrupted, as `torch.save` takes it.
+    """
+
+    rates: Mapping[str, float] = field(default_factory=dict)
+    before: Callable[[int], None] = lambda step: None
+    after: Callable[[int, Mapping[str, Tensor]], bool] = lambda step, values: False
+    judge: Callable[[Sequence[int]], Tensor] | None = None
+    last: bool = False
+    constant: bool = False
+    state: Callable[[], dict[str, Any]] = dict
+    restore: Callable[[Mapping[str, Any]], None] = lambda state: None
+
+
 @dataclass
 class History:
     """What happened: loss on the held-out sequences after so many steps; the first entry is before any.
@@ -145,6 +170,7 @@ def fit(
     state: Path | None = None,
     report: Report = lambda done, of, value: None,
     world: World = ALONE,
+    control: Control | None = None,
 ) -> History:
     """Minimise a loss by AdamW and keep the state that is best on held-out sequences.
 
@@ -161,6 +187,7 @@ def fit(
         state: file to continue from and to keep the state in; None: not resumable.
         report: of progress.
         world: the processes that share the work; all of them call this function.
+        control: what else happens; None: nothing.
 
     Returns:
         held-out losses; the last state is the best one, which is the untouched one if nothing was better.
@@ -170,23 +197,24 @@ def fit(
         Interrupted: the disk is full; the state kept before is whole, and the parameters are the best ones so far.
     """
     masters = {n: p.detach().to(_wide(p), copy=True).requires_grad_() for n, p in parameters.items()}
-    peak = schedule.learning_rate or RATE
-    optimizer = torch.optim.AdamW(masters.values(), lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
+    peak, control = schedule.learning_rate or RATE, control or Control()
+    optimizer = torch.optim.AdamW(_groups(masters, control), lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
     total = schedule.steps(len(train)) if parameters else 0
     each = max(1, -(-len(train) // schedule.each) // schedule.checks)
     history, best, step = History(), _clones(parameters), 0
     kept = None if state is None else world.from_first(lambda: _read(state))
     if kept is not None:
         step, history, best = _restore(kept, state, masters, optimizer)
+        control.restore(kept.get("control", {}))
         _copy(masters, parameters)
-    judge = _judge(loss, heldout, weight, schedule.batch, world)
+    judge = _judge(control.judge or loss, heldout, weight, schedule.batch, world)
     if not history.heldout:
         history.note(0, judge())
         if not math.isfinite(history.heldout[0]):
             raise CorankError("The loss is not finite before training; check the model with `corank eval`.")
     before, started = history.seconds, time.perf_counter()
     report(step, total, history.heldout[-1])
-    over = bool(history.ended)
+    over = bool(history.ended) or bool(kept and kept.get("over"))
     for p in parameters.values():
         p.requires_grad_(True)
     try:
@@ -196,7 +224,8 @@ def fit(
                 clock = (before + time.perf_counter() - started) / (60 * schedule.minutes)
                 done = max(done, world.from_first(lambda clock=clock: clock))  # type: ignore[misc]
             for group in optimizer.param_groups:
-                group["lr"] = peak * schedule.rate(done)
+                group["lr"] = peak * group.get("factor", 1.0) * (1.0 if control.constant else schedule.rate(done))
+            control.before(step)
             value = _gradients(parameters, masters, loss, _pick(train, step, schedule), weight, schedule, world)
             norm = torch.nn.utils.clip_grad_norm_(
                 [m for m in masters.values() if m.grad is not None], schedule.clip
@@ -204,21 +233,24 @@ def fit(
             if not (math.isfinite(value) and math.isfinite(norm)):
                 what = "loss" if not math.isfinite(value) else "gradient"
                 history.ended = f"the {what} was not finite at step {step + 1} of {total}"
+                best = _clones(parameters) if control.last else best
                 break
             optimizer.step()
+            over = control.after(step, masters) or done >= 1
             _copy(masters, parameters)
             step += 1
             history.seconds = before + time.perf_counter() - started
-            over = done >= 1
             if step % each == 0 or step == total or over:
                 history.note(step, judge())
-                if history.heldout[-1] <= history.best:
+                if math.isfinite(history.heldout[-1]) and (control.last or history.heldout[-1] <= history.best):
                     best = _clones(parameters)
+                    history.kept = history.heldout[-1] if control.last else None
                 if not math.isfinite(history.heldout[-1]):
                     history.ended = f"the loss on held-out sequences was not finite after step {step} of {total}"
                     over = True
                 if state is not None:
-                    world.from_first(partial(_keep, state, step, history, best, masters, optimizer))
+                    beside = {"control": control.state(), "over": over}
+                    world.from_first(partial(_keep, state, step, history, best, masters, optimizer, beside))
             report(step, total, history.heldout[-1])
     finally:
         with torch.no_grad():
@@ -296,6 +328,15 @@ def _pick(train: Sequence[int], step: int, schedule: Schedule) -> list[int]:
     return [train[i] for i in order[place * schedule.each : (place + 1) * schedule.each]]
 
 
+def _groups(masters: Mapping[str, Tensor], control: Control) -> list[dict[str, Any]]:
+    """Parameters by the factor of their learning rate; one group without any."""
+    factors = {n: control.rates.get(n, 1.0) for n in masters}
+    return [
+        {"params": [m for n, m in masters.items() if factors[n] == f], "factor": abs(f), "maximize": f < 0}
+        for f in sorted({*factors.values()}) or [1.0]
+    ]
+
+
 def _wide(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
@@ -317,6 +358,7 @@ def _keep(
     best: Mapping[str, Tensor],
     masters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
+    beside: Mapping[str, Any],
 ) -> None:
     unfinished = state.with_name(state.name + ".partial")
     document = {
@@ -325,6 +367,7 @@ def _keep(
         "best": dict(best),
         "masters": {n: m.detach() for n, m in masters.items()},
         "optimizer": optimizer.state_dict(),
+        **beside,
     }
     try:
         state.parent.mkdir(parents=True, exist_ok=True)

@@ -235,10 +235,18 @@ def greedy_removal(W: Tensor, C: Tensor, keep: int, size: int = 1, ridge: float 
     return complement(gone, units)
 
 
-def removal_order(W: Tensor, C: Tensor, count: int, size: int = 1, ridge: float = 1e-8) -> Tensor:
-    """The first `count` units that greedy removal takes, in its order: int64 [count]. Arguments: `greedy_removal`."""
+def removal_order(
+    W: Tensor, C: Tensor, count: int, size: int = 1, ridge: float = 1e-8, R: Tensor | None = None
+) -> Tensor:
+    """The first `count` units that greedy removal takes, in its order: int64 [count].
+
+    Args:
+        W, C, size, ridge: as in `greedy_removal`.
+        count: how many.
+        R: metric of the outputs [m, m], None for the identity: what is lost is then tr(R E[e e^T]) of the error e.
+    """
     K, M = damped_inverse(C, ridge), matrix("W", W).double()
-    M = M.T @ M
+    M = M.T @ (M if R is None else metric("R", R, len(M)).double() @ M)
     return _columns(K, M, count) if size == 1 else _groups(K, M, count, size)
 
 

@@ -111,6 +111,15 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     )
 
 
+def narrow_as_stored(model: nn.Module, config: PretrainedConfig) -> None:
+    """Give the blocks of an empty model the widths that a narrowed checkpoint was stored with, if it was."""
+    from corank.checkpoint.widths import narrow_blocks, widths_of  # the format stands on this module
+
+    stored = widths_of(config)
+    if stored is not None:
+        narrow_blocks(model, stored)
+
+
 def lists_of_blocks(model: nn.Module) -> dict[str, int]:
     """Path -> entries of the matrices in it, of every outermost nn.ModuleList that holds any; the largest first.
 
@@ -193,7 +202,7 @@ def outline(
     """Outline of the model that `config` describes, from one run on the meta device.
 
     Args:
-        config: a transformers configuration (its ``quantization_config`` is ignored).
+        config: a transformers configuration; of its ``quantization_config`` only widths of blocks are read.
         cls: the model class; default: the one the configuration names.
         example: model inputs of the shapes that will come; default: text, images or audio by the configuration.
 
@@ -203,6 +212,7 @@ def outline(
     cls = cls or model_class(config)
     with torch.device("meta"):
         model = cls(config)
+    narrow_as_stored(model, config)
     model.eval()
     parameters = sum(p.numel() for p in model.parameters())
     take_apart(model)

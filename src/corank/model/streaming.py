@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from corank.errors import CorankError
 from corank.factors import put_together, take_apart
 from corank.model.names import match
-from corank.model.outline import model_class, outline
+from corank.model.outline import model_class, narrow_as_stored, outline
 from corank.model.resident import Batch, Call, Inputs, ResidentModel
 
 __all__ = ["Call", "Inputs", "NotStreamable", "ResidentModel", "StreamedModel", "tensor_files"]
@@ -72,6 +72,7 @@ class StreamedModel(ResidentModel):
             )
         with init_empty_weights(include_buffers=False):
             model = model_class(config)(config)
+            narrow_as_stored(model, config)
         model.tie_weights()
         super().__init__(model, plan)
         self.device = torch.device(device)

@@ -222,6 +222,31 @@ def calibration(
     return Calibration(table, None, source)
 
 
+def prompted(tokenizer: Any, data: Calibration, prompt: str) -> Calibration:
+    """The same windows with a text before each of them, behind the BOS token if they have one.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        data: windows of tokens.
+        prompt: what comes first; empty: nothing.
+
+    Returns:
+        windows; their source names the prompt, and how many tokens at the beginning are not text ("prompt_tokens").
+
+    Raises:
+        CorankError: the prompt has no tokens.
+    """
+    if not prompt:
+        return data
+    ids = torch.tensor(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    if not len(ids):
+        raise CorankError("The prompt has no tokens; leave it out, or give a longer one.")
+    first = int(bool(data.source.get("bos")))
+    before = ids.expand(len(data.ids), -1)
+    table = torch.cat([data.ids[:, :first], before, data.ids[:, first:]], dim=1)
+    return Calibration(table, None, {**data.source, "prompt": prompt, "prompt_tokens": first + len(ids)})
+
+
 def _draw(tokenizer: Any, text: Text, samples: int, payload: int, seed: int) -> Tensor:
     """[samples, payload] token ids: windows of one text, drawn without replacement."""
     ids = torch.tensor(tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)

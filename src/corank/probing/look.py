@@ -49,6 +49,11 @@ def look(job: Job, store: StatisticsStore, curves: Sequence[Curve], limit: int) 
             found = Looked(first_order.measured(job, store, curves))
         elif name in training.FAMILIES:
             found = Looked(training.learned(job, store, curves, limit))
+        elif name == "acip":
+            from corank.gates import components  # the only one that trains, with what heals
+
+            ranks, job.scored = components.learned(job, store, curves, limit)
+            found = Looked(list(curves), {"ranks": ranks})
         else:
             prober = Prober(job, store)
             if name == "lems":

@@ -124,6 +124,9 @@ def _done(report: Report) -> str:
     gone = f"{removed} of its {layers} blocks {'merged into their neighbours' if merged else 'taken away'}"
     parts = [gone] if removed else []
     parts += ["its blocks made narrower"] if structure["blocks"] else []
+    parts += ["matrices replaced by factors of lower rank"] if structure.get("factorized") else []
+    parts += ["its residual stream cut to fewer dimensions"] if structure.get("hidden_size") else []
+    parts += ["channels of its convolutions merged"] if structure.get("folded") else []
     return "with " + (" and ".join(parts) or "all its blocks as they were")
 
 

@@ -22,23 +22,26 @@ from corank.checkpoint.skeleton import collect
 from corank.engine.claim import claim, files_key, working
 from corank.engine.directory import copy_companions, small_files, write_shards
 from corank.engine.store import torch_dtype_name
+from corank.errors import CorankError
 from corank.evaluate import PeakMemory
 from corank.jsonfile import read_json, write_json
-from corank.model import ResidentModel, StreamedModel
+from corank.model import ResidentModel, StreamedModel, Text
 from corank.model.outline import model_class
 from corank.order import Order
 from corank.report import Report
 from corank.structured import native
 from corank.structured.block import Block, Narrowed
+from corank.structured.convolutions import NEEDS_IMAGES, fold_convolutions
 from corank.structured.directory import BlockFiles, of_matrices
 from corank.structured.native import Native
 from corank.structured.outcome import Outcome, report_of
-from corank.structured.plan import Plan, make_plan, narrow_all
+from corank.structured.plan import Plan, make_plan, narrow_all, narrows
 from corank.structured.recipe import Selection, Structured
 from corank.structured.residual import slice_residual
 from corank.structured.rotation import head_size, keep_pairs
-from corank.structured.shape import BlockShape, Shape
-from corank.structured.task import Task
+from corank.structured.rotations import slice_each
+from corank.structured.shape import BlockShape, Shape, shape_of_block
+from corank.structured.task import Task, folds_convolutions
 
 Progress = Callable[[int, str, float | None], None]
 
@@ -51,6 +54,8 @@ def compress_resident(
     target: Path | None,
     progress: Progress,
     companions: Path | None = None,
+    work: Path | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Report:
     """Compress a model in memory, in place, and write it to `target` if there is one.
 
@@ -62,19 +67,31 @@ def compress_resident(
         target: directory, absent or empty, or None.
         progress: called with (layer, stage, None).
         companions: directory whose small files are copied beside the weights.
+        work: directory of its own, in which a recipe that trains keeps its state and the result until it is complete.
+        dtype: of the result; None: that of the model.
 
     Raises:
         CorankError: bad input.
     """
     source = ResidentModel(model, example=order.example)
-    task = order.task(source, tokenizer, source.dtype, report=progress)
+    folds = folds_channels(order, source)
+    task = order.task(source, tokenizer, dtype or source.dtype, report=progress)
+    if folds:
+        return _compress_channels(task, tokenizer, name, order, target, companions)
     if "residual" in task.recipe.units:
         return _compress_residual(task, tokenizer, name, order, target, companions)
     parameters = source.outline.parameters
     with PeakMemory() as memory:
         plan = make_plan(task)
         before = [_size(source.model.get_submodule(source.outline.path(i))) for i in range(task.layers)]
-        narrowed = narrow_all(task, plan, lambda block, made: None)
+        sliced = unit_map = None
+        if task.recipe.learn is not None and (narrows(task, plan) or getattr(task.recipe.learn, "always", False)):
+            learned = task.recipe.learn(task, plan, work)
+            plan, narrowed, sliced, unit_map = learned.plan, learned.narrowed, learned.sliced, learned.map
+            trained: Any = model
+            trained.to(dtype=task.dtype)
+        else:
+            narrowed = narrow_all(task, plan, lambda block, made: None)
         _merge(source, plan)
         blocks = [source.model.get_submodule(source.outline.path(i)) for i in plan.kept]
         source.model.set_submodule(source.outline.blocks, nn.ModuleList(blocks))
@@ -91,8 +108,8 @@ def compress_resident(
         owner = model.get_submodule(key.removesuffix(".bias"))
         weight: Any = owner.weight
         owner.bias = nn.Parameter(weight.new_zeros(size), requires_grad=False)
-    parameters += sum(map(_size, blocks)) - sum(before)
-    outcome = Outcome(plan, narrowed, described, parameters)
+    parameters = _size(model) if sliced is not None else parameters + sum(map(_size, blocks)) - sum(before)
+    outcome = Outcome(plan, narrowed, described, parameters, sliced)
     report = report_of(name, order, task, outcome, memory.peak_bytes)
     ordinary = described.kind in ("N0", "N1")
     own = type(described.config) is type(model.config)
@@ -104,10 +121,31 @@ def compress_resident(
         return report
     exported = _as_described(model, described) if ordinary else model
     documents = {} if companions is None else {f.name: f.read_text() for f in small_files(companions)}
-    checkpoint.save(exported, tokenizer, target, documents=documents)
-    report = with_bytes(report, target, source.outline, source.dtype)
-    document(report, target)
+    final = target if work is None else work / "checkpoint"
+    if work is not None:
+        shutil.rmtree(final, ignore_errors=True)  # of a run that was interrupted here
+    checkpoint.save(exported, tokenizer, final, documents=documents)
+    report = with_bytes(report, final, source.outline, task.dtype)
+    document(report, final)
+    if unit_map is not None:
+        unit_map.save(final)
+    if work is not None:
+        checkpoint.publish(final, target)
     return report
+
+
+def _learn_from_disk(
+    source: StreamedModel, tokenizer: Any, name: str, order: Order, target: Path, progress: Progress
+) -> Report:
+    """Compress a model that has to be in memory as a whole, because it is trained; it goes on where it was interrupted."""
+    work = target.with_name(target.name + ".partial")
+    identity = {**order.identity(), "batch": order.batch, "model": files_key(source.path)}
+    claim(work, {**identity, "dtype": torch_dtype_name(source.dtype)})
+    with working(work, target):
+        wide = torch.promote_types(source.dtype, torch.float32)
+        whole, _ = checkpoint.load(source.path, dtype=wide, device=str(source.device), tokenizer=False)
+        dtype = source.stored_dtype
+        return compress_resident(whole, tokenizer, name, order, target, progress, source.path, work, dtype)
 
 
 def _compress_residual(
@@ -115,18 +153,73 @@ def _compress_residual(
 ) -> Report:
     """Cut the residual stream of a model in memory, in place, and write it."""
     model = task.source.model
+    before = [shape_of_block(model.config, task.sites(layer)) for layer in range(task.layers)]
     with PeakMemory() as memory:
-        sliced = slice_residual(task)
+        sliced = slice_each(task) if task.recipe.rotations == "each" else slice_residual(task)
         model.to(dtype=task.dtype)
     kept = tuple(range(task.layers))
     sizes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    described = native.describe(model.config, Shape(kept), sizes)
+    if sliced.widths:
+        described = Native(model.config, "N4", why="its residual stream passes through maps between bases")
+    else:
+        described = native.describe(model.config, Shape(kept), sizes)
     plan = Plan(Selection(()), kept)
     outcome = Outcome(plan, {}, described, _size(model), sliced)
     report = report_of(name, order, task, outcome, memory.peak_bytes)
+    if sliced.widths:
+        shape = {"blocks": [b.to_dict() for b in before], "residual": list(sliced.widths)}
+        checkpoint.attach(model, {}, shape=shape, **provenance(order, report, plan.to_dict()))
     if target is None:
         return report
-    exported = _as_described(model, described)
+    exported = model if sliced.widths else _as_described(model, described)
+    documents = {} if companions is None else {f.name: f.read_text() for f in small_files(companions)}
+    checkpoint.save(exported, tokenizer, target, documents=documents)
+    report = with_bytes(report, target, task.source.outline, task.dtype)
+    document(report, target)
+    return report
+
+
+def folds_channels(order: Order, source: ResidentModel) -> bool:
+    """Whether channels of convolutions are to be folded.
+
+    Raises:
+        CorankError: batch norms are to be measured, on a text or where there are none.
+    """
+    folds = isinstance(order.recipe, Structured) and folds_convolutions(order.recipe, source.outline)
+    if folds and isinstance(order.text, Text):
+        raise CorankError(NEEDS_IMAGES)
+    if isinstance(order.recipe, Structured) and order.recipe.repair == "data" and not folds:
+        raise CorankError(
+            "repair=data measures the batch norms of convolutional networks, which this model is not; leave it out."
+        )
+    return folds
+
+
+def _compress_channels(
+    task: Task, tokenizer: Any, name: str, order: Order, target: Path | None, companions: Path | None
+) -> Report:
+    """Fold the channels of a convolutional network in memory, in place, and write it."""
+    model: Any = task.source.model
+    if not model.config.architectures:  # a model that has never been saved
+        model.config.architectures = [type(model).__name__]
+    with PeakMemory() as memory:
+        folded = fold_convolutions(task)
+        model.to(dtype=task.dtype)
+    kept = tuple(range(task.layers))
+    sizes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    pairs = {(before, after) for _, before, after in folded.groups}
+    same = dict(pairs) if len(dict(pairs)) == len(pairs) else {}
+    described = native.describe_channels(model.config, same, sizes) if pairs else Native(model.config, "N0")
+    plan = Plan(Selection(()), kept)
+    report = report_of(name, order, task, Outcome(plan, {}, described, _size(model), None, folded), memory.peak_bytes)
+    if described.kind == "N0":
+        _adopt(model, described.config)
+    else:
+        shape = {"blocks": [], "tensors": {key: list(size) for key, size in folded.tensors.items()}}
+        checkpoint.attach(model, {}, shape=shape, **provenance(order, report, plan.to_dict()))
+    if target is None:
+        return report
+    exported = _as_described(model, described) if described.kind == "N0" else model
     documents = {} if companions is None else {f.name: f.read_text() for f in small_files(companions)}
     checkpoint.save(exported, tokenizer, target, documents=documents)
     report = with_bytes(report, target, task.source.outline, task.dtype)
@@ -203,6 +296,12 @@ def compress_streamed(
         resident = ResidentModel(whole, example=order.example)
         task = order.task(resident, tokenizer, source.stored_dtype, report=progress)
         return _compress_residual(task, tokenizer, name, order, target, source.path)
+    if folds_channels(order, source):
+        whole, _ = checkpoint.load(source.path, dtype=source.dtype, device=str(source.device), tokenizer=False)
+        task = order.task(ResidentModel(whole, example=order.example), tokenizer, source.stored_dtype, report=progress)
+        return _compress_channels(task, tokenizer, name, order, target, source.path)
+    if isinstance(order.recipe, Structured) and order.recipe.learn is not None:
+        return _learn_from_disk(source, tokenizer, name, order, target, progress)
     work = target.with_name(target.name + ".partial")
     task = order.task(source, tokenizer, source.stored_dtype, report=progress)
     key = files_key(source.path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from corank.errors import CorankError
 from corank.factors import is_conv1d, weight_of
 from corank.linalg.least_squares import encoded_least_squares
 from corank.statistics import Cross
+from corank.structured.attention import factorize
 from corank.structured.block import Block, Narrowed
 from corank.structured.compensation import Consumer, compensate, ridge_for
 from corank.structured.dimensions import output_energy, pair_rows, pair_scores, value_output
@@ -63,14 +64,18 @@ def narrow(block: Block, target: BlockShape) -> Narrowed:
     missing = {kind for kind in wanted if wanted[kind] != have[kind]} - {u.kind for u in changed}
     if missing:
         raise CorankError(f"Layer {block.layer} has no {' and no '.join(sorted(missing))} that can be taken out.")
-    known = {} if block.recipe.sequential else _measure(block, changed)
+    ranks = dict(target.ranks)
+    # in one pass for all matrices of the block, before any of them changes
+    together = bool(ranks) or not block.recipe.sequential
+    known = _measure(block, changed, more=ranks) if together else {}
     dense = copy.deepcopy(block.module) if block.recipe.anchored and changed else None
+    factorize(block, ranks, known)
     joint: Cross | None = None
     for each in changed:
         if dense is not None and each.kind != PAIRS:
             seen, joint = cross(block, dense, each.consumer)
             known = {**_measure(block, [each], but=each.consumer), each.consumer: seen}
-        elif block.recipe.sequential:  # its inputs are those that the narrowed parts before it make
+        elif not together:  # its inputs are those that the narrowed parts before it make
             known = _measure(block, [each])
         if each.kind == PAIRS:
             losses |= _narrow_dimensions(block, each, target, known)
@@ -85,7 +90,7 @@ def narrow(block: Block, target: BlockShape) -> Narrowed:
         after = _after(shape, target, each.kind)
         set_attributes(block.module, block.config, shape, after)
         shape = after
-    return Narrowed(dataclasses.replace(shape, biases=target.biases), losses)
+    return Narrowed(dataclasses.replace(shape, biases=target.biases, ranks=target.ranks), losses)
 
 
 def units_of(block: Block) -> list[Units]:
@@ -100,9 +105,13 @@ def _after(shape: BlockShape, target: BlockShape, kind: str) -> BlockShape:
     return dataclasses.replace(shape, **{name: getattr(target, name) for name in fields})
 
 
-def _measure(block: Block, units: Sequence[Units], but: str = "") -> dict[str, Moments]:
-    """What the recipe has to know of the inputs of consumers and producers, by path; one may be known already."""
-    recipe, paths, whole = block.recipe, set[str](), set[str]()
+def _measure(block: Block, units: Sequence[Units], but: str = "", more: Iterable[str] = ()) -> dict[str, Moments]:
+    """What the recipe has to know of the inputs of consumers and producers, by path; one may be known already.
+
+    Args:
+        more: paths of other matrices, of whose inputs the mean squares are wanted.
+    """
+    recipe, paths, whole = block.recipe, set(more), set[str]()
     compensated = recipe.compensate in ("ls", "affine-ls")
     for each in units if recipe.compensate != "cluster" else ():
         if each.kind == PAIRS:
@@ -166,16 +175,27 @@ def _without(block: Block, units: Units, kept: Tensor, given: Given, joint: Cros
     recipe, seen = block.recipe, given.moments
     ridge = 0.0 if seen is None else ridge_for(seen, recipe.ridge, _exact(block))
     consumer = compensate(recipe.compensate, given.W, columns, seen, ridge, joint)
+    keep_rows(block.module, units, kept)
+    put_consumer(block.module, units.consumer, consumer.weight, consumer.shift)
+    return consumer
+
+
+def keep_rows(module: nn.Module, units: Units, kept: Tensor) -> None:
+    """Leave those rows of the producers of a hidden vector that make the units that stay, in place.
+
+    Args:
+        module: the block.
+        units: of the vector.
+        kept: those that stay, int64.
+    """
     rows: dict[str, list[Tensor]] = {}
     for r in units.producers:
         own = r.start + (kept[:, None] * r.size + torch.arange(r.size, device=kept.device)).flatten()
         rows.setdefault(r.path, []).append(own)
     for path, parts in rows.items():
         index = torch.cat(parts)
-        old: Any = block.module.get_submodule(path)
-        put(block.module, path, weight_of(old)[index], None if old.bias is None else old.bias.detach()[index])
-    put_consumer(block.module, units.consumer, consumer.weight, consumer.shift)
-    return consumer
+        old: Any = module.get_submodule(path)
+        put(module, path, weight_of(old)[index], None if old.bias is None else old.bias.detach()[index])
 
 
 def put(module: nn.Module, path: str, W: Tensor, bias: Tensor | None) -> None:

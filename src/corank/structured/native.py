@@ -5,7 +5,7 @@
 | N0 | the configuration of a smaller model of the same family | anywhere |
 | N1 | the same with biases switched on | anywhere |
 | N2 | blocks of different widths | with ``import corank`` |
-| N4 | some matrices are factors | with ``import corank`` |
+| N4 | some matrices are factors, or the residual stream passes through maps | with ``import corank`` |
 
 Nothing is assumed about a configuration: a candidate is one whose model, built on the meta device, has exactly the tensors
 of the result. Biases it wants and the result lacks are stored as zeros.
@@ -87,6 +87,25 @@ def describe(config: PretrainedConfig, shape: Shape, sizes: Sizes, factors: bool
             "cannot say which of them are left; use a method that keeps all blocks."
         )
     return Native(shorter, "N2", why=f"no configuration of {config.model_type} has these widths")
+
+
+def describe_channels(config: PretrainedConfig, channels: Mapping[int, int], sizes: Sizes) -> Native:
+    """The configuration for a convolutional network with fewer channels.
+
+    Args:
+        config: of the source.
+        channels: how many a feature map had -> how many it has; empty if maps of one width have become different ones.
+        sizes: the tensors of the result.
+    """
+    made = copy.deepcopy(config)
+    for name, value in config.to_dict().items():
+        if any(word in name for word in ("hidden_size", "embedding_size", "width", "out_channels")):
+            several = isinstance(value, list | tuple) and all(isinstance(n, int) for n in value)
+            if several or type(value) is int:
+                setattr(made, name, [channels.get(n, n) for n in value] if several else channels.get(value, value))
+    if channels and sizes_of(made) == dict(sizes):
+        return Native(made, "N0")
+    return Native(copy.deepcopy(config), "N2", why=f"no configuration of {config.model_type} has these channels")
 
 
 def base(config: PretrainedConfig, shape: Shape) -> PretrainedConfig:

@@ -15,6 +15,7 @@ from corank.errors import CorankError
 from corank.factors import put_together
 from corank.model import StreamedModel
 from corank.structured import narrow
+from corank.structured.attention import missing
 from corank.structured.block import Block, Narrowed
 from corank.structured.depth import Depth, walk
 from corank.structured.recipe import Selection
@@ -85,8 +86,14 @@ def make_plan(task: Task) -> Plan:
     return Plan(selection, kept, *(_widths(task, kept) if task.recipe.units else ()))
 
 
-def _widths(task: Task, kept: tuple[int, ...]) -> tuple[tuple[BlockShape, ...], tuple[str, ...]]:
-    """The widths of the blocks that stay, and what is said of units that cannot be taken out of them."""
+def narrows(task: Task, plan: Plan) -> bool:
+    """Whether a plan gives any block other widths than it has."""
+    shapes = [shape_of_block(task.source.config, task.sites(layer)) for layer in plan.kept]
+    return any(width != shape for width, shape in zip(plan.widths, shapes, strict=False))
+
+
+def blocks_of(task: Task, kept: tuple[int, ...]) -> tuple[Blocks, tuple[str, ...], int]:
+    """The blocks that stay, what is said of units that cannot be taken out of them, and what their matrices may count."""
     source, recipe = task.source, task.recipe
     sites = [task.sites(layer) for layer in kept]
     shapes = [shape_of_block(source.config, each) for each in sites]
@@ -95,6 +102,7 @@ def _widths(task: Task, kept: tuple[int, ...]) -> tuple[tuple[BlockShape, ...], 
         for path, each in zip(map(source.outline.path, kept), sites, strict=True)
     ]
     skipped = sentences([each for _, several in found for each in several], recipe.units)
+    skipped += [] if recipe.split is None else missing(sites)
     protected = recipe.protected(task.layers)
     blocks = Blocks(
         shapes, sites, [units for units, _ in found], [i for i, layer in enumerate(kept) if layer in protected]
@@ -103,14 +111,21 @@ def _widths(task: Task, kept: tuple[int, ...]) -> tuple[tuple[BlockShape, ...], 
     if task.whole and recipe.compensate in ("bias", "affine-ls") and limit < blocks.dense:
         # an ordinary configuration that has some biases has them all, those that nobody needs as zeros
         limit -= sum(site.shape[0] for each in sites for site in each if not site.bias)
+    return blocks, tuple(skipped), limit
+
+
+def _widths(task: Task, kept: tuple[int, ...]) -> tuple[tuple[BlockShape, ...], tuple[str, ...]]:
+    """The widths of the blocks that stay, and what is said of units that cannot be taken out of them."""
+    recipe = task.recipe
+    blocks, skipped, limit = blocks_of(task, kept)
     influence = scores = None
     with task.stage("choose widths"):
         if recipe.allocate == "entropic":
             changes = walk(_few(task)).changes
             influence = [changes[layer] for layer in kept]
         if needs_scores(recipe, blocks, limit):
-            scores = _scores(task, kept, shapes)
-        return tuple(widths(recipe, blocks, limit, influence=influence, scores=scores)), tuple(skipped)
+            scores = _scores(task, kept, list(blocks.shapes))
+        return tuple(widths(recipe, blocks, limit, influence=influence, scores=scores)), skipped
 
 
 def _few(task: Task) -> Task:

@@ -18,10 +18,15 @@ from typing import Any, ClassVar
 from corank.errors import CorankError, unknown
 
 UNITS = ("channels", "heads", "qk", "vo", "residual")
-SCORES = ("magnitude", "wanda", "wifv", "leverage", "obs", "greedy", "lorap", "taylor")
+LEARNED = "learned"
+"""The score of units that learn to go (`Structured.learn`)."""
+
+SCORES = ("magnitude", "wanda", "wifv", "leverage", "obs", "greedy", "lorap", "taylor", LEARNED)
 LIKENESS = ("plain", "balanced")
 """What units are compared by that are averaged in clusters, in place of a score."""
 
+REPAIRS = ("none", "weights", "data")
+ROTATIONS = ("one", "each")
 COMPENSATIONS = ("none", "bias", "ls", "affine-ls", "cluster")
 ALLOCATIONS = ("uniform", "entropic", "z-score", "log")
 
@@ -65,12 +70,21 @@ class Structured:
             a sequential recipe.
         statistics: what must be measured on calibration data; empty: the method needs none.
         uniform: give all blocks the same widths, so that the result is an ordinary checkpoint.
+        rotations: of units=residual: "one" basis for the whole stream, or "each" place in its own, with maps between them
+            (`corank.structured.maps`).
+        repair: of batch norms when compensate=cluster folds convolutions (`corank.structured.convolutions`): "weights",
+            "data" or "none".
+        split: attention matrices are stored as two factors, with this many times the parameters of queries and keys for
+            values and outputs (`corank.structured.attention`); None: they are not.
         multiple_of: the width of the feed-forward network is a multiple of this.
         protect: numbers of blocks to leave as they are; "ends" for the first and the last.
         temperature: of allocate=entropic, relative to the mean of what blocks change: large is uniform.
         cap: largest share of a block that allocate=entropic or log removes.
         ridge: relative to the mean diagonal of second moments: of leverage scores, and of everything that is solved with
             moments of fewer tokens than channels. Least squares needs none otherwise.
+        learn: trains the model in memory with gates on its units, in place, and takes out those that have learned to go
+            (`corank.structured.learning`); the score is then "learned".
+        prompt: text that is put before every window of training text.
     """
 
     depth: Callable[[Any], Selection] | None = None
@@ -83,11 +97,16 @@ class Structured:
     anchored: bool = False
     statistics: tuple[str, ...] = ()
     uniform: bool = False
+    rotations: str = "one"
+    repair: str = "weights"
+    split: float | None = None
     multiple_of: int = 1
     protect: tuple[str, ...] = ()
     temperature: float = 1.0
     cap: float = 0.8
     ridge: float = 1e-4
+    learn: Callable[..., Any] | None = None
+    prompt: str = ""
 
     COMMON: ClassVar[tuple[str, ...]] = (
         "score",
@@ -109,11 +128,16 @@ class Structured:
                 raise unknown("unit", unit, UNITS)
         if self.compensate not in COMPENSATIONS:
             raise unknown("compensation", self.compensate, COMPENSATIONS)
+        if self.repair not in REPAIRS:
+            raise unknown("way to repair batch norms", self.repair, REPAIRS)
+        if self.rotations not in ROTATIONS:
+            raise unknown("kind of rotations", self.rotations, ROTATIONS)
         known = LIKENESS if self.compensate == "cluster" else SCORES
         if "residual" in self.units:
             self._check_residual()
         elif self.units and self.score not in known:
             raise unknown(f"score for compensate={self.compensate}", self.score, known)
+        self._check_learned()
         if self.compensate == "cluster" and (self.units != ("channels",) or self.allocate == "z-score"):
             raise CorankError(
                 "compensate=cluster averages channels, which have no scores: leave out attention and z-score."
@@ -135,6 +159,13 @@ class Structured:
             raise CorankError("anchored=true needs sequential=true, and compensate=ls or affine-ls; set them as well.")
         if self.uniform and self.protect and self.units:
             raise CorankError("uniform=true narrows all blocks alike, so none can be protected; leave one of them out.")
+        if self.split is not None and not (self.split > 0 and math.isfinite(self.split)):
+            raise CorankError(f"The share of values and outputs is {self.split:g}; give a positive number, such as 3.")
+        if self.split is not None and self.uniform:
+            raise CorankError(
+                "uniform=true is for an ordinary checkpoint, and attention is to be stored as factors; set attention=false "
+                "as well."
+            )
         if self.uniform and self.allocate != "uniform":
             # the widths are one number then, whatever the way to share them out
             object.__setattr__(self, "allocate", "uniform")
@@ -151,6 +182,16 @@ class Structured:
             what = ", ".join([*given, *["sequential"] * self.sequential])
             raise CorankError(f"The residual stream is cut in all blocks alike; leave {what} as it is.")
 
+    def _check_learned(self) -> None:
+        """What learns to go has no score, and training makes up for what is missing."""
+        if (self.score == LEARNED) != (self.learn is not None):
+            raise CorankError("score=learned belongs to methods that train, such as loraprune; choose one of these.")
+        if self.learn is not None and (self.compensate != "none" or self.sequential or self.allocate == "z-score"):
+            raise CorankError(
+                "This method trains all blocks together; leave compensate and sequential as they are, and share the budget by "
+                "allocate=uniform, entropic or log."
+            )
+
     @property
     def heal(self) -> str:
         """There is no training inside compression; `corank heal` can follow."""
@@ -165,7 +206,8 @@ class Structured:
     def needs_text(self) -> bool:
         """Whether anything is measured on calibration data."""
         measured = self.sequential or self.compensate in ("bias", "ls", "affine-ls")
-        return bool(self.statistics) or measured or self.allocate == "entropic"
+        trained = self.learn is not None or self.repair == "data"
+        return bool(self.statistics) or measured or self.allocate == "entropic" or trained
 
     @property
     def needs_budget(self) -> bool:

@@ -9,7 +9,8 @@ makes up for it, and eps becomes eps d / d'.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,11 +20,9 @@ from corank.engine.stream import Stream
 from corank.errors import CorankError
 from corank.factors import weight_of
 from corank.statistics import InputGram
+from corank.structured.maps import FAMILIES
 from corank.structured.narrow import put
 from corank.structured.task import Task
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Families whose residual stream is read through norms without a mean and nothing else."""
 
 CONSUMERS = {"input_layernorm": ("q", "k", "v"), "post_attention_layernorm": ("gate", "up")}
 """Norms of a block -> roles of the matrices that read them."""
@@ -36,12 +35,16 @@ class Sliced:
     Attributes:
         width: dimensions of the residual stream now.
         sizes: name of a matrix -> its shape now.
-        kept: share of the energy of the residual stream that is left.
+        kept: share of the energy of the residual stream that is left, None where that is not known.
+        widths: of all places of the stream, where they have bases of their own; empty if they share one.
+        beside: name of a matrix -> parameters of the map that the stream passes through beside it.
     """
 
     width: int
     sizes: dict[str, tuple[int, int]]
-    kept: float
+    kept: float | None
+    widths: tuple[int, ...] = ()
+    beside: Mapping[str, int] = field(default_factory=dict)
 
 
 def slice_residual(task: Task) -> Sliced:
@@ -51,13 +54,8 @@ def slice_residual(task: Task) -> Sliced:
         CorankError: a model of another family, or a budget that leaves nothing.
     """
     model: Any = task.source.model
-    text: Any = model.config.get_text_config()
-    if text.model_type not in FAMILIES or hasattr(model, "language_model"):
-        raise CorankError(
-            f"The residual stream of {type(model).__name__} cannot be cut: that is for the families {', '.join(FAMILIES)}; "
-            "narrow blocks instead (modegpt)."
-        )
-    d = text.hidden_size
+    check_family(model)
+    d = model.config.get_text_config().hidden_size
     sites = [s for layer in range(task.layers) for s in task.sites(layer)]
     width = _width(task, d, sum(s.numel for s in sites))
     if width == d:
@@ -70,6 +68,19 @@ def slice_residual(task: Task) -> Sliced:
     kept = float(values[-width:].sum() / values.sum()) if float(values.sum()) > 0 else 1.0
     sizes = {s.name: tuple(weight_of(model.get_submodule(s.name)).shape) for s in sites}
     return Sliced(width, sizes, kept)  # type: ignore[arg-type]
+
+
+def check_family(model: Any) -> None:
+    """Refuse a model whose residual stream is read otherwise.
+
+    Raises:
+        CorankError: it is of another family.
+    """
+    if model.config.get_text_config().model_type not in FAMILIES or hasattr(model, "language_model"):
+        raise CorankError(
+            f"The residual stream of {type(model).__name__} cannot be cut: that is for the families {', '.join(FAMILIES)}; "
+            "narrow blocks instead (modegpt)."
+        )
 
 
 def _width(task: Task, d: int, dense: int) -> int:
@@ -118,18 +129,19 @@ def residual_moment(task: Task) -> Tensor:
                     statistic = statistic or InputGram(width)
 
                     def look(x: Tensor, mask: Tensor | None, statistic: InputGram = statistic) -> None:
-                        statistic.update(_normalised(x), mask)
+                        statistic.update(normalised(x), mask)
 
                     out = stream.observe(block, layer, i, dict.fromkeys(CONSUMERS, look))
                     assert out is not None
                     stream.hidden[i] = out
         assert statistic is not None
         for i, x in enumerate(stream.hidden):  # the last norm's
-            statistic.update(_normalised(x), stream.mask(i))
+            statistic.update(normalised(x), stream.mask(i))
     return statistic.result().G
 
 
-def _normalised(x: Tensor) -> Tensor:
+def normalised(x: Tensor) -> Tensor:
+    """Each token divided by its root mean square, in float32 at least."""
     x = x.float() if x.dtype != torch.float64 else x
     return x * x.square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
 

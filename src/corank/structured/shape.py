@@ -46,6 +46,7 @@ class BlockShape:
         biases: paths inside the block of matrices that have got a bias which the source has not.
         pairs: dimensions, by two, of each head of queries and keys that are left: pair i is dimensions i and i + h / 2 of
             the source, which rotary embeddings turn together; empty if all are. The same in all blocks.
+        ranks: path inside the block and rank of every matrix that is stored as two factors.
     """
 
     channels: int
@@ -54,10 +55,12 @@ class BlockShape:
     head_dim: int
     biases: tuple[str, ...] = ()
     pairs: tuple[int, ...] = ()
+    ranks: tuple[tuple[str, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**asdict(self), "biases": list(self.biases), "pairs": list(self.pairs)}
+        said = {**asdict(self), "biases": list(self.biases), "pairs": list(self.pairs), "ranks": dict(self.ranks)}
+        return said if self.ranks else {name: value for name, value in said.items() if name != "ranks"}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BlockShape:
@@ -67,8 +70,9 @@ class BlockShape:
             CorankError: a width is missing or not positive.
         """
         try:
-            values = {f.name: int(data[f.name]) for f in fields(cls) if f.name not in ("biases", "pairs")}
-            shape = cls(**values, biases=tuple(data.get("biases", ())), pairs=tuple(data.get("pairs", ())))
+            values = {f.name: int(data[f.name]) for f in fields(cls) if f.name not in ("biases", "pairs", "ranks")}
+            ranks = tuple((str(path), int(rank)) for path, rank in dict(data.get("ranks", {})).items())
+            shape = cls(**values, biases=tuple(data.get("biases", ())), pairs=tuple(data.get("pairs", ())), ranks=ranks)  # type: ignore[arg-type]
         except (KeyError, TypeError, ValueError) as error:
             raise CorankError(f"config.json holds widths of a block that cannot be read ({error!r}).") from None
         if min(values.values()) < 1 or shape.heads % shape.kv_heads:
@@ -136,6 +140,11 @@ def bound_to(site: Site, before: BlockShape, width: str) -> bool:
     return any(kind in kinds and _width(kind, before) == size for kind, size in sides if kind is not None)
 
 
+def rank_after(site: Site, after: BlockShape) -> int | None:
+    """Rank of a matrix that is stored as two factors, None if it is not."""
+    return next((rank for path, rank in after.ranks if site.name.endswith(f".{path}")), None)
+
+
 def parameters(sites: Sequence[Site], before: BlockShape, after: BlockShape) -> int:
     """Parameters of the matrices of a block after narrowing; a bias counts where the source has none.
 
@@ -145,7 +154,9 @@ def parameters(sites: Sequence[Site], before: BlockShape, after: BlockShape) -> 
     total = 0
     for site in sites:
         m, n = matrix_after(site, before, after)
-        total += m * n + (m if any(site.name.endswith(f".{path}") for path in after.biases) else 0)
+        rank = rank_after(site, after)
+        total += m * n if rank is None else rank * (m + n)
+        total += m if any(site.name.endswith(f".{path}") for path in after.biases) else 0
     return total
 
 

@@ -12,7 +12,7 @@ import torch
 
 from corank.budget import Budget
 from corank.errors import CorankError
-from corank.model import Calibration, ResidentModel, Site
+from corank.model import Calibration, Outline, ResidentModel, Site
 from corank.structured.recipe import Structured
 from corank.structured.sensitivity import Sums, first_order
 
@@ -47,7 +47,7 @@ class Task:
     stages: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.source.outline.whole:
+        if self.source.outline.whole and not folds_convolutions(self.recipe, self.source.outline):
             raise CorankError(
                 f"{type(self.source.model).__name__} does not run as one chain of blocks, so none of them can be taken away "
                 "or narrowed on its own; use a method that factorizes matrices, such as svd-llm."
@@ -111,3 +111,9 @@ class Task:
         """
         inside = sum(self.costs)
         return self.budget.limit(inside, self.source.outline.parameters - inside, self.dtype.itemsize * 8)
+
+
+def folds_convolutions(recipe: Structured, outline: Outline) -> bool:
+    """Whether a recipe that folds is given a convolutional network."""
+    kernels = sum(s.numel for s in outline.sites if s.form == "conv")
+    return recipe.compensate == "cluster" and 2 * kernels > sum(s.numel for s in outline.sites)

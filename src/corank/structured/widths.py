@@ -12,6 +12,7 @@ from torch import Tensor
 from corank.errors import CorankError
 from corank.model.site import Site
 from corank.structured.allocation import Part, by_shares, entropic, logarithmic, pooled
+from corank.structured.attention import matrices, split
 from corank.structured.recipe import Structured
 from corank.structured.shape import BlockShape, bound_to, parameters
 from corank.structured.units import CHANNELS, HEADS, PAIRS, Units
@@ -102,7 +103,9 @@ def widths(
         pairs = _best_pairs([s[PAIRS] for s in scores], head_dim // 2)
         shapes = [dataclasses.replace(s, head_dim=head_dim, pairs=pairs) for s in shapes]
     parts = parts_of(recipe, blocks)
-    if not parts and head_dim is None:
+    if recipe.split is not None:
+        shapes = _with_ranks(recipe.split, blocks, shapes, limit, sum(p.total for p in parts))
+    if not parts and shapes == list(blocks.shapes):
         raise CorankError(
             f"None of the units {', '.join(recipe.units)} can be taken out of these blocks; take whole blocks away "
             "(shortgpt, sleb) or factorize (svd-llm)."
@@ -111,6 +114,11 @@ def widths(
         _biased(recipe, blocks, i, shape, [p.kind for p in parts if p.block == i]) for i, shape in enumerate(shapes)
     ]
     room = limit - blocks.size(biased) + sum(p.total for p in parts)
+    if room < 0 and not parts:
+        raise CorankError(
+            f"The budget leaves {max(limit, 0):,} parameters to blocks that have {blocks.size(biased):,} without anything that "
+            "could still go; raise it."
+        )
     counts = _counts(recipe, blocks, parts, room, influence, scores)
     for part, k in zip(parts, counts, strict=True):
         shapes[part.block] = _with(shapes[part.block], part.kind, k)
@@ -118,6 +126,29 @@ def widths(
         [p.kind for p, k in zip(parts, counts, strict=True) if p.block == i and k < p.count] for i in range(len(blocks))
     ]
     return [_biased(recipe, blocks, i, shape, narrowed[i]) for i, shape in enumerate(shapes)]
+
+
+def _with_ranks(
+    alpha: float, blocks: Blocks, shapes: Sequence[BlockShape], limit: int, channels: int
+) -> list[BlockShape]:
+    """The same with attention as factors, which keeps the same share of its parameters as the rest that can be narrowed.
+
+    Args:
+        alpha: see `corank.structured.attention.split`.
+        limit: parameters that all matrices may have.
+        channels: parameters that narrower feed-forward networks could free.
+    """
+    found = [{} if i in blocks.protected else matrices(sites) for i, sites in enumerate(blocks.sites)]
+    whole = sum(site.numel for each in found for site in each.values())
+    if not whole:
+        return list(shapes)
+    share = max(1 - (blocks.dense - limit) / (whole + channels), 0.0)
+    made: list[BlockShape] = []
+    for shape, each in zip(shapes, found, strict=True):
+        ranks = split(each, share * sum(s.numel for s in each.values()), alpha) if each else {}
+        inside = [(s.name.partition(f".{s.layer}.")[2], ranks[s.name]) for s in each.values() if s.name in ranks]
+        made.append(dataclasses.replace(shape, ranks=tuple(sorted(inside))))
+    return made
 
 
 def parts_of(recipe: Structured, blocks: Blocks) -> list[Part]:

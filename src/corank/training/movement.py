@@ -8,7 +8,7 @@ The gradient with respect to w' is there for masked weights too, so that a weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from corank.errors import CorankError
+from corank.errors import CorankError, unknown
 from corank.factors import is_conv1d
 
 
@@ -90,6 +90,10 @@ class Pruned:
     scores: Tensor
 
 
+BY = ("first-order", "magnitude")
+"""What weights are ranked by: the scores S, or |w|."""
+
+
 class MovementPruning:
     """Prunes linear layers of a model while something else trains it.
 
@@ -99,20 +103,30 @@ class MovementPruning:
         keep: share of the weights of each that is left at the end.
         steps: of training.
         begin, settle: see `share_kept`.
+        by: one of `BY`.
 
     Raises:
-        CorankError: a share out of range, or no steps.
+        CorankError: a share out of range, no steps, or nothing known to rank weights by.
     """
 
     def __init__(
-        self, model: nn.Module, names: Iterable[str], keep: float, steps: int, begin: float = 0.1, settle: float = 0.3
+        self,
+        model: nn.Module,
+        names: Iterable[str],
+        keep: float,
+        steps: int,
+        begin: float = 0.1,
+        settle: float = 0.3,
+        by: str = "first-order",
     ) -> None:
+        if by not in BY:
+            raise unknown("way to choose weights", by, BY)
         if not 0 < keep <= 1:
             raise CorankError(f"keep={keep} should be a share of the weights, more than 0 and at most 1.")
         if steps < 1 or not (0 <= begin and 0 <= settle and begin + settle <= 1):
             raise CorankError("Pruning needs at least one step, and begin and settle that sum to at most 1.")
         self.model, self.names, self.keep, self.steps = model, list(names), keep, steps
-        self.begin, self.settle = begin, settle
+        self.begin, self.settle, self.by = begin, settle, by
         self._masks: dict[str, MovementMask] = {}
         for name in self.names:
             layer: Any = model.get_submodule(name)
@@ -122,9 +136,21 @@ class MovementPruning:
     def step(self, done: int) -> float:
         """Set the masks after `done` steps of training; returns the share that is kept."""
         share = share_kept(done, self.steps, self.keep, self.begin, self.settle)
-        for mask in self._masks.values():
-            mask.mask.copy_(top_mask(mask.scores, share))
+        for name, mask in self._masks.items():
+            layer: Any = self.model.get_submodule(name)
+            scores = mask.scores if self.by == "first-order" else layer.parametrizations.weight.original.detach().abs()
+            mask.mask.copy_(top_mask(scores, share))
         return share
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Masks and scores, to go on from."""
+        return {name: {"mask": each.mask, "scores": each.scores} for name, each in self._masks.items()}
+
+    def restore(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The inverse of `state`."""
+        for name, each in self._masks.items():
+            each.mask.copy_(state[name]["mask"])
+            each.scores.copy_(state[name]["scores"])
 
     def finish(self) -> dict[str, Pruned]:
         """Leave the masked weights in the layers, as plain parameters; returns them with masks and scores."""

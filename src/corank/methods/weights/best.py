@@ -8,6 +8,9 @@ Needs: one forward and one backward pass. Stores: pivoted pairs; layers that gai
 metric; one exact allocation of the whole budget over all layers, which the metric makes comparable (the objective is
 the second-order change of the loss); from PIFA the storage, whose cost the allocation knows. Where no gradients can be
 had it falls back, with a warning, to G alone and uniform ranks.
+
+A block may also lose channels and heads, in the same objective: W' = V S_J with V = W G[:, J] G_JJ^+ for the
+matrix that reads them, and fewer rows for those that make them (MoDeGPT, arXiv:2408.09632, in both metrics).
 """
 
 from __future__ import annotations
@@ -22,7 +25,11 @@ EFFORTS = {"fast": 0, "balanced": 1, "max": 4}
 
 @register("best", family="weights", cite="corank")
 def best(
-    effort: str = "fast", shrink_inputs: float = 0.005, shrink_outputs: float = 0.03, precision: str = "auto"
+    effort: str = "fast",
+    shrink_inputs: float = 0.005,
+    shrink_outputs: float = 0.03,
+    precision: str = "auto",
+    families: str = "auto",
 ) -> Recipe:
     """The least predicted increase of the loss, over all layers at once.
 
@@ -31,6 +38,8 @@ def best(
         shrink_inputs: weight of the identity in G.
         shrink_outputs: weight of the identity in R.
         precision: "auto", "double" or "mixed".
+        families: "factorize" matrices, "narrow" the channels and heads between them, or "both" by the same objective; "auto":
+            both, unless another setting stands against it.
     """
 
     if effort not in EFFORTS:
@@ -51,5 +60,6 @@ def best(
         pack=True,
         heal=heal,
         epochs=float(EFFORTS[effort] or 2),
+        families=families,
         fallback=inputs_alone,
     )
