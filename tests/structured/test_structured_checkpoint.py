@@ -82,6 +82,39 @@ def test_plain_results_load_without_corank_and_others_say_that_they_do_not(tmp_p
             assert got == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("model", "method", "settings"),
+    [
+        ("llama-gqa", "flap", {}),  # with biases, which the configuration has to switch on
+        ("llama-tied", "best", {"families": "narrow"}),
+        ("qwen2-bias", "best", {"families": "narrow"}),  # heads with biases of their own
+        ("gemma", "modegpt", {}),
+        ("phi3-fused", "modegpt", {}),  # gate and up in one matrix
+        ("gpt2-conv1d", "best", {"families": "narrow"}),
+        ("opt", "modegpt", {}),
+        ("llama-gqa", "best", {"families": "both"}),  # factors and widths
+    ],
+)
+def test_dequantize_gives_narrowed_blocks_their_old_widths_back(model, method, settings, tmp_path):
+    """What is filled up with zeros computes the same, and is a plain checkpoint of the source's shape."""
+    folder, ids = saved(model, tmp_path / "dense"), some_ids()
+    corank.compress(folder, method, keep=0.75, out=tmp_path / "small", **settings, **DATA)
+    small, _ = corank.load(tmp_path / "small", dtype=torch.float64)
+    shape = small.config.quantization_config.shape["blocks"]
+    assert len({(b["channels"], b["kv_heads"]) for b in shape}) > 1
+    expected = logits(small, ids)
+    count = sum(p.numel() for p in small.parameters())
+    plain = corank.dequantize(small)
+    torch.testing.assert_close(logits(plain, ids), expected, rtol=1e-9, atol=1e-9)
+    corank.checkpoint.save(plain, tokenizer(), tmp_path / "plain")
+    assert "corank" not in (tmp_path / "plain" / "config.json").read_text()
+    again, _ = corank.load(tmp_path / "plain", dtype=torch.float64)
+    torch.testing.assert_close(logits(again, ids), expected, rtol=1e-9, atol=1e-9)
+    source = dict(tiny(model).named_parameters())
+    assert sum(p.numel() for p in again.parameters()) > count
+    assert all(p.shape == source[n].shape for n, p in again.named_parameters() if n in source)
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "llama-tied", "gemma", "phi3-fused", "gpt2-conv1d", "opt", "bert"])
 def test_from_disk_to_disk_gives_what_in_memory_gives(name, tmp_path):
     folder = saved(name, tmp_path / "dense", shard="20KB")

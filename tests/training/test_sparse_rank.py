@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import pytest
@@ -217,23 +216,22 @@ def test_another_allocator_takes_the_pruned_matrices():
         assert int((W != 0).sum()) == round(0.2 * W.numel())
 
 
-def test_an_interrupted_training_goes_on_where_it_was(tmp_path):
+@pytest.mark.parametrize("after", [3, 8])  # in the pruning, and in the selection
+def test_an_interrupted_training_goes_on_where_it_was(after, tmp_path):
     folder = saved("llama-gqa", tmp_path / "dense")
     given = dict(keep=0.7, steps=8, **DATA)
     corank.compress(folder, METHOD, out=tmp_path / "whole", **given)
-    for after in (3, 8):  # in the pruning, and in the selection
-        calls = 0
+    calls = 0
 
-        def interrupt(layer, stage, error, after=after):
-            nonlocal calls
-            calls += stage == "train"
-            if calls == after:
-                raise KeyboardInterrupt
+    def interrupt(layer, stage, error):
+        nonlocal calls
+        calls += stage == "train"
+        if calls == after:
+            raise KeyboardInterrupt
 
-        with contextlib.suppress(KeyboardInterrupt):
-            corank.compress(folder, METHOD, out=tmp_path / "again", progress=interrupt, **given)
-            raise AssertionError("nothing was interrupted")
-        assert (tmp_path / "again.training" / "pruning.pt").is_file() and not (tmp_path / "again").exists()
+    with pytest.raises(KeyboardInterrupt):
+        corank.compress(folder, METHOD, out=tmp_path / "again", progress=interrupt, **given)
+    assert (tmp_path / "again.training" / "pruning.pt").is_file() and not (tmp_path / "again").exists()
     corank.compress(folder, METHOD, out=tmp_path / "again", **given)
     assert not (tmp_path / "again.training").exists()
     whole, again = (corank.load(tmp_path / f)[0] for f in ("whole", "again"))

@@ -21,7 +21,7 @@ from corank.checkpoint.config import QUANT_METHOD, CorankConfig, count_quantized
 from corank.checkpoint.integers import need_torchao, plain, ready
 from corank.checkpoint.skeleton import build, collect, factorized, restore_dense
 from corank.checkpoint.verify import check_fingerprint, fingerprint
-from corank.checkpoint.widths import narrow_blocks, refuse_narrow
+from corank.checkpoint.widths import narrow_blocks, refuse_narrow, restore_widths
 from corank.errors import CorankError
 
 FALLBACK_MODULE = "modeling_corank"
@@ -65,6 +65,7 @@ class CorankQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         refuse_narrow(self.quantization_config.shape)
         restore_dense(model)
+        restore_widths(model, self.quantization_config.shape)
         drop_fallback(model.config)
         return model
 

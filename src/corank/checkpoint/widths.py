@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from corank.checkpoint.config import QUANT_METHOD
@@ -16,7 +19,9 @@ from corank.model.outline import lists_of_blocks
 from corank.model.site import Site
 from corank.structured.convolutions import resize
 from corank.structured.maps import map_residual
+from corank.structured.native import switch_biases_on
 from corank.structured.shape import BlockShape, narrow_empty, set_attributes, shape_of_block
+from corank.structured.widen import widen
 
 
 def matrices_of(block: nn.Module, prefix: str, layer: int) -> list[Site]:
@@ -96,19 +101,48 @@ def narrow_blocks(model: Any, shape: Mapping[str, Any]) -> None:
         map_residual(model, path, roles, [int(width) for width in shape["residual"]])
 
 
+def restore_widths(model: Any, shape: Mapping[str, Any] | None) -> None:
+    """Give the blocks of a dense model the widths that its configuration describes, in place; it computes the same.
+
+    Args:
+        model: whose factors have been multiplied out.
+        shape: as in `CorankConfig`, None if the configuration says all widths.
+    """
+    if shape is None:
+        return
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    path = next(iter(lists_of_blocks(plain)))
+    sources: Any = plain.get_submodule(path)
+    blocks: Any = model.get_submodule(path)
+    biased: dict[str, None] = {}
+    for layer, (block, source) in enumerate(zip(blocks, sources, strict=True)):
+        prefix = f"{path}.{layer}."
+        sites = matrices_of(source, prefix, layer)
+        before, after = BlockShape.from_dict(shape["blocks"][layer]), shape_of_block(model.config, sites)
+        widen(block, sites, prefix, model.config, before, after)
+        biased |= dict.fromkeys(before.biases)
+    if biased and not switch_biases_on(model, dataclasses.replace(after, biases=tuple(biased))):
+        warnings.warn(
+            f"{', '.join(biased)} have got a bias that this architecture does not store; "
+            "a dense checkpoint saved from this model will lose it when loaded.",
+            stacklevel=3,
+        )
+
+
 def refuse_narrow(shape: Mapping[str, Any] | None) -> None:
-    """A model whose blocks have widths of their own is as dense as it can be.
+    """Some narrowed models are as plain as they can be: no configuration describes what they are made of.
 
     Raises:
-        CorankError: it has.
+        CorankError: this is one.
     """
     if shape is not None and shape.get("residual"):
         raise CorankError(
             "The residual stream of this model passes through maps between bases, which no plain configuration describes; "
             "compress the dense model with rotations=one for an ordinary checkpoint."
         )
-    if shape is not None:
+    if shape is not None and shape.get("tensors"):
         raise CorankError(
-            "The blocks of this model have widths of their own, which no plain configuration describes; compress the dense "
-            "model with uniform=true (or families=factorize) for an ordinary checkpoint."
+            "The feature maps of this model have widths of their own, which no plain configuration describes; "
+            "compress the dense model with uniform=true for an ordinary checkpoint."
         )

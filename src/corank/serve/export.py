@@ -138,7 +138,7 @@ def _writer(format: str) -> tuple[Callable[[Any, Path, float, Step], dict[str, A
 def _dense(path: Path, target: Path, step: Step) -> Export:
     step("export to dense", 0, 2)
     loaded, tokenizer = checkpoint.load(path)
-    if not checkpoint.factorized(loaded):
+    if getattr(loaded.config, "quantization_config", None) is None:
         raise CorankError(f"{path} is dense already.")
     dense = checkpoint.dequantize(loaded)
     step("export to dense", 1, 2)

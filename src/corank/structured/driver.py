@@ -104,10 +104,7 @@ def compress_resident(
     if not model.config.architectures:  # a model that has never been saved
         model.config.architectures = [type(model).__name__]
     described = native.describe(model.config, shape, sizes, factors=bool(modules))
-    for key, size in described.zeros.items():
-        owner = model.get_submodule(key.removesuffix(".bias"))
-        weight: Any = owner.weight
-        owner.bias = nn.Parameter(weight.new_zeros(size), requires_grad=False)
+    native.add_zeros(model, described.zeros)
     parameters = _size(model) if sliced is not None else parameters + sum(map(_size, blocks)) - sum(before)
     outcome = Outcome(plan, narrowed, described, parameters, sliced)
     report = report_of(name, order, task, outcome, memory.peak_bytes)

@@ -20,15 +20,19 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from corank.errors import CorankError
 from corank.model.outline import model_class
 from corank.structured.rotation import head_size, with_pairs
-from corank.structured.shape import Shape, narrowed_config
+from corank.structured.shape import BlockShape, Shape, narrowed_config
 
 Sizes = Mapping[str, tuple[int, ...]]
 """Name of a tensor of a model -> its shape."""
+
+BIASES = ("attention_bias", "mlp_bias")
+"""Names under which configurations say that matrices have biases."""
 
 #: families that compute the same graph, and differ in which biases they have and which head counts they accept
 _RELATIVES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -160,9 +164,39 @@ def shortened(config: PretrainedConfig, kept: tuple[int, ...]) -> PretrainedConf
     return made
 
 
+def add_zeros(model: nn.Module, zeros: Sizes) -> None:
+    """Give a model the biases that its configuration has and it has not, as zeros."""
+    for key, size in zeros.items():
+        owner = model.get_submodule(key.removesuffix(".bias"))
+        weight: Any = owner.weight
+        owner.bias = nn.Parameter(weight.new_zeros(size), requires_grad=False)
+
+
+def switch_biases_on(model: Any, shape: BlockShape) -> bool:
+    """Let the configuration of a model say that it has the biases that it has; those that are missing become zero.
+
+    Args:
+        model: whose blocks have the widths of its configuration.
+        shape: of its blocks, with their biases.
+
+    Returns:
+        whether a configuration of its family can say so.
+    """
+    sizes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    kept = tuple(range(int(model.config.get_text_config().num_hidden_layers)))
+    described = describe(model.config, Shape(kept, (shape,) * len(kept)), sizes)
+    if described.kind != "N1" or type(described.config) is not type(model.config):
+        return False
+    for flag in BIASES:
+        if hasattr(model.config, flag):
+            setattr(model.config, flag, getattr(described.config, flag))
+    add_zeros(model, described.zeros)
+    return True
+
+
 def _candidates(config: PretrainedConfig, biases: bool) -> Iterator[PretrainedConfig]:
     """Configurations that may describe a result, the source's own family first."""
-    flags = {"attention_bias": True, "mlp_bias": True} if biases else {}
+    flags = dict.fromkeys(BIASES, True) if biases else {}
     own = copy.deepcopy(config)
     for name, value in flags.items():
         if hasattr(own, name):

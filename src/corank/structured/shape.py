@@ -21,6 +21,7 @@ linear layers of a block calls ``set_attributes(block.module, block.config, befo
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -131,6 +132,27 @@ def matrix_after(site: Site, before: BlockShape, after: BlockShape) -> tuple[int
         _width(kind, after) if kind is not None and _width(kind, before) == size else size
         for kind, size in zip(_SIZES.get(site.role, (None, None)), site.shape, strict=True)
     )
+
+
+def places_after(site: Site, before: BlockShape, after: BlockShape) -> tuple[list[int], list[int]]:
+    """Rows and columns of a matrix of a wider block, where the units of a narrower one are the first of their kind.
+
+    Args:
+        site: the matrix of the wider block.
+        before: widths of the narrower block.
+        after: widths of the wider one.
+    """
+    sides = zip(_SIZES.get(site.role, (None, None)), site.shape, strict=True)
+    rows, columns = (_places(kind, size, before, after) for kind, size in sides)
+    return rows, columns
+
+
+def _places(kind: str | None, size: int, before: BlockShape, after: BlockShape) -> list[int]:
+    if kind is None or _width(kind, after) != size:
+        return list(range(size))
+    parts = {"gated": ("channels", "channels"), "fused": ("query", "key", "key")}.get(kind, (kind,))
+    starts = itertools.accumulate((_width(part, after) for part in parts), initial=0)
+    return [start + i for part, start in zip(parts, starts, strict=False) for i in range(_width(part, before))]
 
 
 def bound_to(site: Site, before: BlockShape, width: str) -> bool:
