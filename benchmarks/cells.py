@@ -127,6 +127,7 @@ def fill(
             "accounting": report.accounting,
             "stages": report.stages,
             "peak_memory_bytes": report.peak_memory_bytes,
+            "class": report.structure.get("class"),
             "loss": sum(s["loss"] for s in report.sites) / len(report.sites),
         }
 

@@ -16,19 +16,33 @@ import torch
 from benchmarks.cells import add_arguments, fill, line, protocol_of
 from corank import recipe
 from corank.evaluate import Cell
+from corank.probing import training
 from corank.report.plots import pareto_points
 
 FAMILIES = ("weights", "structured")
 KEEP = (0.9, 0.8, 0.7, 0.6, 0.5)
 QUICK_KEEP = (0.8, 0.6)
-QUICK_SAMPLES, QUICK_WINDOWS = 16, 8
+QUICK_SAMPLES, QUICK_WINDOWS = 16, 6
+QUICK_MINUTES, QUICK_STEPS, QUICK_TRIALS = 0.75, 6, 6
+"""For methods that train, and for those that try out whole plans."""
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def cells_of(methods: list[str], keep: tuple[float, ...]) -> list[Cell]:
+def cells_of(methods: list[str], keep: tuple[float, ...], quick: bool = False) -> list[Cell]:
     """Ratio by ratio, the methods without a second activation stream first: their cells cost least."""
     order = sorted(methods, key=lambda name: (recipe.get(name).recipe().sequential, name != "best", name))
-    return [Cell(name, {"keep": k}) for k in keep for name in order]
+    return [Cell(name, {"keep": k}, options(name) if quick else {}) for k in keep for name in order]
+
+
+def options(name: str) -> dict[str, Any]:
+    """What bounds the time of a method that trains or tries, none for the others."""
+    entry = recipe.get(name)
+    made = entry.recipe()
+    if made.allocate in training.FAMILIES:  # ara, dobi-svd
+        return {"steps": QUICK_STEPS}
+    if "minutes" in entry.parameters or getattr(made, "train", None) is not None or made.allocate == "acip":
+        return {"minutes": QUICK_MINUTES}
+    return {"trials": QUICK_TRIALS} if made.allocate == "bolaco" else {}
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -55,17 +69,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="*", help="only these")
     parser.add_argument("--keep", nargs="*", type=float, help="only these shares of the decoder's parameters")
     parser.add_argument("--cells", type=int, help="make at most so many new rows")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"{len(QUICK_KEEP)} sizes, {QUICK_SAMPLES} calibration and {QUICK_WINDOWS} test windows",
+        help=f"{len(QUICK_KEEP)} sizes, {QUICK_SAMPLES} calibration and {QUICK_WINDOWS} test windows, little training",
     )
     args = parser.parse_args(arguments)
     name = "leaderboard-quick" if args.quick else "leaderboard"
     if args.quick:
         args.samples, args.windows = QUICK_SAMPLES, QUICK_WINDOWS
     methods = args.methods or [m.name for family in FAMILIES for m in recipe.methods(family=family)]
-    cells = cells_of(methods, tuple(args.keep or (QUICK_KEEP if args.quick else KEEP)))
+    cells = cells_of(methods, tuple(args.keep or (QUICK_KEEP if args.quick else KEEP)), args.quick)
+    torch.set_num_threads(args.threads)
     out = Path(args.out or RESULTS / f"{name}.json")
     rows = fill(
         cells,
@@ -79,5 +95,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     main()

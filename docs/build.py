@@ -95,24 +95,40 @@ def leaderboard_page() -> str:
 def leaderboard_table(data: dict[str, Any]) -> str:
     """One table for each share of the parameters kept."""
     lines = [_conditions(data) + "\n"]
+    titles = {k: _title(v["text"]) for k, v in data["texts"].items()}
     rows = [r for r in data["rows"] if r["method"] != "dense"]
     for keep in sorted({r["budget"]["keep"] for r in rows}, reverse=True):
         cells = [r for r in rows if r["budget"]["keep"] == keep]
         lines += [
             f"### {keep:.0%} of the decoder's parameters\n",
-            "| method | kept | WikiText-2 | web text | seconds | peak memory |",
-            "|---|---:|---:|---:|---:|---:|",
+            f"| method | kept | {titles['test']} | {titles['other']} | seconds | peak memory | class |",
+            "|---|---:|---:|---:|---:|---:|---|",
         ]
         for row in sorted((r for r in cells if "error" not in r), key=lambda r: r["ratio"]["other"]):
             sites = row["accounting"]["sites"]
             lines.append(
                 f"| `{row['method']}` | {sites['compressed'] / sites['dense']:.1%} | {_times(row['ratio']['test'])} "
-                f"| {_times(row['ratio']['other'])} | {sum(row['stages'].values()):.0f} | {row['peak_memory_bytes'] / 1e9:.1f} GB |"
+                f"| {_times(row['ratio']['other'])} | {sum(row['stages'].values()):.0f} | {row['peak_memory_bytes'] / 1e9:.1f} GB "
+                f"| {row.get('class') or 'factors'} |"
             )
-        lines += [f"| `{r['method']}` | {r['error'].split(': ', 1)[-1]} | | | | |" for r in cells if "error" in r]
+        lines += [f"| `{r['method']}` | {r['error'].split(': ', 1)[-1]} | | | | | |" for r in cells if "error" in r]
         lines.append("")
-    lines.append("Seconds are those of the stages of one run that finds the statistics of earlier runs in its cache.")
+    lines.append(
+        "Seconds are those of the stages of one run that finds the statistics of earlier runs in its cache. Classes are those of "
+        "[structured.md](structured.md): N0 and N1 are plain checkpoints of smaller models."
+    )
     return "\n".join(lines)
+
+
+def _title(source: str) -> str:
+    """What a text is called in a table."""
+    known = {
+        "wikitext2": "WikiText-2",
+        "openwebtext": "web text",
+        "builtin-test": "technical prose",
+        "builtin-code": "Python code",
+    }
+    return next((title for word, title in known.items() if word in source), source)
 
 
 def _times(ratio: float) -> str:
@@ -122,7 +138,7 @@ def _times(ratio: float) -> str:
 def _conditions(data: dict[str, Any]) -> str:
     calibration, hardware = data["calibration"], data["hardware"]
     return (
-        f"{data['model']}; calibration {calibration['samples']} × {calibration['length']} tokens of WikiText-2 validation; "
+        f"{data['model']}; calibration {calibration['samples']} × {calibration['length']} tokens of {_title(calibration['text'])}; "
         f"{data['windows'] or 'all'} evenly spaced windows of {data['window']} tokens; {hardware['processor']}, {hardware['threads']} threads."
     )
 

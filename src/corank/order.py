@@ -70,6 +70,7 @@ class Order:
         recipe: built from them.
         budget: None if the recipe has a rank rule of its own and no budget was given.
         text: calibration text or examples, None if the recipe measures nothing.
+        example: model inputs of the shapes that a model of something else than text takes, None for text.
         samples, length, seed, batch: of the calibration.
     """
 
@@ -78,6 +79,7 @@ class Order:
     recipe: Recipe | Structured
     budget: Budget | None
     text: Text | Examples | None
+    example: Mapping[str, Any] | None = None
     samples: int = 64
     length: int = 512
     seed: int = 0
@@ -108,13 +110,11 @@ class Order:
             _check_timed(method, recipe)
             if recipe.families == "auto":
                 recipe = recipe.overridden({"families": "factorize"})  # widths are chosen by parameters
-        text = _calibration_data(data) if recipe.needs_text else None
-        return cls(method, {**entry.parameters, **settings}, recipe, limit, text, **rest)
-
-    @property
-    def example(self) -> Mapping[str, Any] | None:
-        """Model inputs of the shapes that will come, None for text."""
-        return self.text.items[0] if isinstance(self.text, Examples) else None
+        is_text = isinstance(data, str | Path | Text)
+        found = _calibration_data(data) if recipe.needs_text or not is_text else None
+        example = found.items[0] if isinstance(found, Examples) else None
+        text = found if recipe.needs_text else None
+        return cls(method, {**entry.parameters, **settings}, recipe, limit, text, example, **rest)
 
     def identity(self) -> dict[str, Any]:
         """The order as JSON; two orders with the same identity give the same result on the same model."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 import re
 
@@ -83,3 +84,30 @@ def test_it_is_written_as_readme(report, tmp_path):
     path = write_card(report, tmp_path, name="me/small")
     assert path == tmp_path / "README.md"
     assert path.read_text(encoding="utf-8") == model_card(report, name="me/small")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "files", "words"),
+    [
+        (
+            "LlamaForCausalLM",
+            ["tokenizer_config.json"],
+            ["AutoModelForCausalLM.from", "tokenizer = AutoTokenizer.from"],
+        ),
+        ("T5ForConditionalGeneration", ["tokenizer_config.json"], ["AutoModelForSeq2SeqLM.from"]),
+        (
+            "ResNetForImageClassification",
+            ["preprocessor_config.json"],
+            ["ImageClassification.from", "AutoProcessor.from"],
+        ),
+        ("Wav2Vec2ForCTC", [], ["AutoModelForCTC.from"]),
+        ("BertModel", [], ["model = AutoModel.from"]),
+    ],
+)
+def test_it_is_loaded_by_the_class_that_fits(architecture, files, words, tmp_path, report):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+    for file in files:
+        (tmp_path / file).write_text("{}")
+    card = write_card(report, tmp_path).read_text()
+    assert all(word in card for word in words)
+    assert ("Tokenizer" in card or "Processor" in card) == bool(files)

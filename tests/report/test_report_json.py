@@ -78,3 +78,9 @@ def test_bad_reports(report, tmp_path):
         Report.load(tmp_path / "absent.json")
     with pytest.raises(CorankError, match="JSON form"):
         Report(model="m", method="svd", data={"x": object()}).to_json()
+
+
+def test_a_report_is_one_line_to_look_at(report):
+    said = repr(report)
+    assert len(said) < 200 and "\n" not in said and report.model in said and report.method in said
+    assert repr(Report("m", "svd")) == "<Report: m by svd>"

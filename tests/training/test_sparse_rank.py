@@ -198,6 +198,13 @@ def test_encoders_of_speech_are_pruned_factorized_saved_and_loaded(kind, tmp_pat
         assert row["kind"] == "dense" or row["rank"] * (m + n) < m * n
 
 
+def test_examples_tell_the_shapes_to_a_method_that_measures_nothing():
+    model = wav2vec2()
+    report = corank.compress(model, "svd", keep=0.6, data=sound("wav2vec2"))
+    assert 0 < report.accounting["sites"]["compressed"] <= 0.6 * report.accounting["sites"]["dense"]
+    assert report.data == {}
+
+
 def test_nothing_changes_if_nothing_has_to_go():
     model = tiny("llama-gqa")
     before = {k: v.clone() for k, v in model.state_dict().items()}

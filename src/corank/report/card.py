@@ -5,16 +5,33 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from corank.jsonfile import write_text
+from corank.errors import CorankError
+from corank.jsonfile import read_json, write_text
 from corank.report import numbers, summary
 from corank.report.report import Report
 
 _HUB_NAME = re.compile(r"^(?![./~])[\w.-]+(/[\w.-]+)?$")
 _ARXIV = re.compile(r"^arxiv:\s*(\d{4}\.\d{4,5})(v\d+)?$", re.IGNORECASE)
+
+
+_PURPOSES = {
+    "CAUSAL_LM": "CausalLM",
+    "MASKED_LM": "MaskedLM",
+    "SEQ_TO_SEQ_CAUSAL_LM": "Seq2SeqLM",
+    "SPEECH_SEQ_2_SEQ": "SpeechSeq2Seq",
+    "IMAGE_TEXT_TO_TEXT": "ImageTextToText",
+    "SEQUENCE_CLASSIFICATION": "SequenceClassification",
+    "TOKEN_CLASSIFICATION": "TokenClassification",
+    "QUESTION_ANSWERING": "QuestionAnswering",
+    "IMAGE_CLASSIFICATION": "ImageClassification",
+    "AUDIO_CLASSIFICATION": "AudioClassification",
+    "CTC": "CTC",
+}
+"""transformers' name of a mapping -> the end of the name of its class, the most common first."""
 
 
 def model_card(
@@ -23,6 +40,8 @@ def model_card(
     name: str = "path/to/this/directory",
     cite: str | None = None,
     license: str | None = None,
+    auto_class: str = "AutoModelForCausalLM",
+    preprocessor: str | None = "AutoTokenizer",
 ) -> str:
     """The text of README.md.
 
@@ -31,6 +50,8 @@ def model_card(
         name: what a user passes to ``from_pretrained``.
         cite: the source of the method; ``"arXiv:2403.07378"`` becomes a link and a tag of the hub.
         license: licence identifier of the hub, that of the base model; left out if None.
+        auto_class: the class of transformers' that loads the model.
+        preprocessor: the one that loads what prepares its inputs, None for nothing.
 
     Returns:
         Markdown with YAML front matter. A ``model`` that is a local path is not published as a base model.
@@ -42,7 +63,7 @@ def model_card(
         f"# {shown}, compressed by {report.method}\n",
         _opening(report, base, shown, cite),
         "## How to load it\n",
-        _loading(name, report),
+        _loading(name, report, auto_class, preprocessor),
         "## The four numbers\n",
         _changes(("", "Dense", "Compressed", "Kept"), summary.accounting_changes(report)),
         _facts(report),
@@ -73,10 +94,15 @@ def write_card(
     cite: str | None = None,
     license: str | None = None,
 ) -> Path:
-    """Write :func:`model_card` to ``path`` (README.md in it, if it is a directory), atomically."""
+    """Write :func:`model_card` to ``path`` (README.md in it, if it is a directory), atomically.
+
+    The classes that load the checkpoint are told from the files beside it.
+    """
     path = Path(path)
     path = path / "README.md" if path.is_dir() else path
-    return write_text(path, model_card(report, name=name, cite=cite, license=license))
+    known = (path.parent / "config.json").is_file()
+    classes = {"auto_class": _auto_class(path.parent), "preprocessor": _preprocessor(path.parent)} if known else {}
+    return write_text(path, model_card(report, name=name, cite=cite, license=license, **classes))
 
 
 def _front_matter(report: Report, base: str | None, cite: str | None, license: str | None) -> str:
@@ -130,23 +156,26 @@ def _done(report: Report) -> str:
     return "with " + (" and ".join(parts) or "all its blocks as they were")
 
 
-def _loading(name: str, report: Report) -> str:
+def _loading(name: str, report: Report, auto_class: str, preprocessor: str | None) -> str:
+    classes = ", ".join(filter(None, (auto_class, preprocessor)))
+    lines = [
+        f"from transformers import {classes}\n",
+        f"model = {auto_class}.from_pretrained({json.dumps(name)})",
+    ]
+    if preprocessor:
+        variable = "tokenizer" if preprocessor == "AutoTokenizer" else "processor"
+        lines.append(f"{variable} = {preprocessor}.from_pretrained({json.dumps(name)})")
+    code = "\n".join(lines)
     if report.ordinary:
         return (
             "It is an ordinary checkpoint; whatever loads models of this architecture loads it.\n\n"
-            "```python\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n"
-            "```\n"
+            f"```python\n{code}\n```\n"
         )
     return (
         "```bash\npip install corank\n```\n\n"
         "```python\n"
         "import corank  # first: it registers the format of this checkpoint with transformers\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})\n"
+        f"{code}\n"
         "```\n\n"
         + (
             "Without `import corank` loading fails; it never gives random weights in silence.\n"
@@ -155,6 +184,38 @@ def _loading(name: str, report: Report) -> str:
             "`trust_remote_code=True`; it never gives random weights in silence.\n"
         )
     )
+
+
+def _auto_class(directory: Path) -> str:
+    """The class of transformers' that loads a checkpoint, by the architecture in its config.json."""
+    try:
+        config = read_json(directory / "config.json")
+    except (OSError, ValueError, CorankError):
+        return "AutoModelForCausalLM"
+    from transformers.models.auto import modeling_auto
+
+    named = set(config.get("architectures") or ())
+    for purpose in _PURPOSES:
+        mapping = getattr(modeling_auto, f"MODEL_FOR_{purpose}_MAPPING_NAMES", {})
+        if named & _flat(mapping.values()):
+            return f"AutoModelFor{_PURPOSES[purpose]}"
+    return "AutoModel" if named else "AutoModelForCausalLM"
+
+
+def _flat(values: Iterable[str | tuple[str, ...]]) -> set[str]:
+    return {name for value in values for name in ((value,) if isinstance(value, str) else value)}
+
+
+def _preprocessor(directory: Path) -> str | None:
+    """What prepares the inputs of a checkpoint: a tokenizer, another processor, or nothing that is stored."""
+    for file, found in (
+        ("tokenizer_config.json", "AutoTokenizer"),
+        ("processor_config.json", "AutoProcessor"),
+        ("preprocessor_config.json", "AutoProcessor"),
+    ):
+        if (directory / file).is_file():
+            return found
+    return None
 
 
 def _facts(report: Report) -> str:

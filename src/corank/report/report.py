@@ -17,7 +17,7 @@ ROLES = ("embed", "q", "k", "v", "o", "gate", "up", "down", "lm_head")
 _SITE_KEYS = {"name", "role", "layer", "shape", "kind", "rank", "max_rank", "params", "params_dense", "loss"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
     """The record of one compression. Every field is plain JSON; only ``model`` and ``method`` are required.
 
@@ -76,6 +76,12 @@ class Report:
         # Results of ``evaluate`` may be given as they are; from here on they are plain JSON values.
         for name in ("evaluation", "generation", "speed"):
             object.__setattr__(self, name, decode(encode({name: getattr(self, name)}))[name])
+
+    def __repr__(self) -> str:
+        """One line: all that is in a report would fill a screen."""
+        sites = self.accounting.get("sites")
+        kept = f", {sites['dense']:,} -> {sites['compressed']:,} values in {len(self.sites)} sites" if sites else ""
+        return f"<Report: {self.model} by {self.method}{kept}>"
 
     def to_json(self) -> dict[str, Any]:
         """Strict JSON values; non-finite numbers as in ``corank.jsonfile.encode``."""
