@@ -192,8 +192,6 @@ def test_blocks_of_different_widths_come_back_through_the_door(tmp_path):
     corank.verify(tmp_path / "small")
     bare = tf.AutoModel.from_pretrained(tmp_path / "small")  # without the head, under other names
     assert [b.mlp.gate_proj.out_features for b in bare.layers] == [w.channels for w in widths]
-    with pytest.raises(CorankError, match="uniform=true"):
-        corank.dequantize(small)
     wrong = json.loads((tmp_path / "small" / "config.json").read_text())
     wrong["quantization_config"]["shape"]["blocks"].pop()
     (tmp_path / "small" / "config.json").write_text(json.dumps(wrong))
