@@ -138,9 +138,9 @@ def test_predicted_nats_of_a_narrowed_and_factorized_matrix_are_those_of_the_sto
         down.copy_(U[:, :24] * (S * 0.3 ** torch.arange(24)) @ Vh[:24])
     model, selected, made = copy.deepcopy(dense), {}, narrowing.parts_of
 
-    def parts_of(vector, kept, given):
+    def parts_of(vector, kept, given, *known):
         selected[vector.name] = kept
-        return made(vector, kept, given)
+        return made(vector, kept, given, *known)
 
     monkeypatch.setattr(narrowing, "parts_of", parts_of)
     report = run(model, "both", 0.5, **EXACT)
@@ -172,8 +172,8 @@ def test_what_gradients_come_back_through_is_known_where_channels_have_taken_ove
     """The metric of a narrowed gate, against the one that the narrowed model has."""
     seen, made = {}, narrowing.parts_of
 
-    def parts_of(vector, kept, given):
-        parts = made(vector, kept, given)
+    def parts_of(vector, kept, given, *known):
+        parts = made(vector, kept, given, *known)
         rows, _ = vector.rows(vector.producers[0], kept)
         R = given[vector.producers[0].name][2].R
         seen[vector.name] = R[rows][:, rows], parts[vector.producers[0].name].geometry.R

@@ -9,7 +9,7 @@ import torch
 
 from corank.errors import CorankError
 from corank.linalg import psd_root, truncate
-from corank.linalg.narrowing import columns_of, losses, narrowed, nested_units, spectral_losses
+from corank.linalg.narrowing import Leading, columns_of, narrowed, nested_units, spectral_losses
 
 
 def problem(m=9, n=12, tokens=200, seed=0, heavy=1.0):
@@ -91,8 +91,19 @@ def test_duplicates_and_dead_channels_cost_nothing():
     assert float(nested.loss[10]) <= 1e-10 * total < float(nested.loss[9])
     columns = nested.kept(10)
     assert on_the_data(W, Z, R, columns, narrowed(W, C, columns)) <= 1e-10 * total
-    nothing = losses(W, torch.zeros_like(C), R, torch.arange(12))
-    assert float(nothing.abs().max()) == 0
+    assert not Leading.of(W, C, nested.order).exact
+    nothing = Leading.of(W, torch.zeros_like(C), torch.arange(12))
+    assert float(nothing.losses(R).abs().max()) == 0 and nothing.matrix(5) is None
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_one_factor_gives_the_fit_at_every_number_of_units(size):
+    W, _, C, R = problem()
+    nested = nested_units(W, C, R, size)
+    leading = Leading.of(W, C, nested.order, size)
+    for k in range(12 // size + 1):
+        expected = narrowed(W, C, columns_of(nested.kept(k), size))
+        torch.testing.assert_close(leading.matrix(k), expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("shape", [(7, 12), (12, 7), (9, 9)])

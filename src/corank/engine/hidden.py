@@ -140,19 +140,20 @@ def vectors_in(job: Job, layer: int, shape: BlockShape) -> tuple[list[Hidden], l
     return vectors, sentences(skipped, (CHANNELS, HEADS))
 
 
-def parts_of(vector: Hidden, kept: Tensor, given: Given) -> dict[str, Part]:
+def parts_of(vector: Hidden, kept: Tensor, given: Given, V: Tensor | None = None) -> dict[str, Part]:
     """What is left of the matrices of a vector.
 
     Args:
         vector: which one.
         kept: units that stay, ascending.
         given: its matrices as they were.
+        V: what the consumer becomes, if it is known.
     """
     W, bias, geometry = given[vector.name]
     size, count = vector.units.size, len(kept)
     columns = columns_of(kept, size)
     C = full(geometry.right.G, W)
-    V = narrowed(W, C, columns)
+    V = narrowed(W, C, columns) if V is None else V
     site = vector.narrowed(vector.consumer, count)
     inner = dataclasses.replace(geometry, right=Metric(C[columns][:, columns]))
     parts = {vector.name: Part(site, _like(V, W), bias, inner)}

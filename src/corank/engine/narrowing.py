@@ -30,7 +30,7 @@ from corank.engine.store import StatisticsStore
 from corank.errors import CorankError
 from corank.factorize import Measured
 from corank.linalg import psd_root
-from corank.linalg.narrowing import Nested, full, nested_units, spectral_losses
+from corank.linalg.narrowing import Leading, Nested, full, nested_units, spectral_losses
 from corank.model import Site
 from corank.structured.narrow import put
 from corank.structured.shape import BlockShape, set_attributes
@@ -180,8 +180,10 @@ def _spectra_of_rest(
     if kept is None:
         kept, R = {}, given[vector.name][2].R
         left = None if R is None else psd_root(R.double())  # the same at every width
+        W, _, geometry = given[vector.name]
+        leading = Leading.of(W, full(geometry.right.G, W), nested.order, vector.units.size)
         for k in grid:
-            for name, part in parts_of(vector, nested.kept(k), given).items():
+            for name, part in parts_of(vector, nested.kept(k), given, leading.matrix(k)).items():
                 right = part.geometry.right
                 root = right.root if part.W.shape[0] > part.W.shape[1] else None  # shared by the siblings
                 kept[f"{k} {name}"] = spectral_losses(

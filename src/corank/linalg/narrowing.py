@@ -75,7 +75,7 @@ def nested_units(W: Tensor, C: Tensor, R: Tensor | None = None, size: int = 1, h
         order = removal_order(W, C, n // size, size, ridge=1e-10, R=R).flip(0)
     else:
         order = ridge_leverage(C).view(-1, size).sum(1).argsort(descending=True, stable=True)
-    return Nested(order, losses(W, C, R, order, size))
+    return Nested(order, Leading.of(W, C, order, size).losses(R))
 
 
 def full(C: Tensor | None, W: Tensor) -> Tensor:
@@ -85,34 +85,69 @@ def full(C: Tensor | None, W: Tensor) -> Tensor:
     return torch.diag(C.double()) if C.ndim == 1 else C.double()
 
 
-def losses(W: Tensor, C: Tensor, R: Tensor | None, order: Tensor, size: int = 1) -> Tensor:
-    """What is lost if only the first k units of an order stay: float64 [units + 1].
+@dataclass(frozen=True, eq=False)
+class Leading:
+    """The matrices V of all the leading sets of an order, from one Cholesky factor: V = (W L)[:, :k] L[:k, :k]^-1.
 
-    Args:
-        W: float64 [m, n].
-        C: float64 [n, n].
-        R: [m, m], None for the identity.
-        order: int64 [units], all of them.
+    Attributes:
+        order: int64 [units].
         size: columns of a unit.
+        L: float64 [n, n] of C in this order; a zero if nothing was ever seen.
+        A: W L [m, n].
+        exact: whether C was well conditioned, so that a triangular solve is what least squares would give.
     """
-    columns = columns_of(order, size)
-    moment = C[columns][:, columns]
-    L = None
-    for ridge in RIDGES:
-        damped = moment
-        if ridge:
-            damped = moment.clone()
-            damped.diagonal().add_(ridge * moment.diagonal().mean())
-        factor, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            L = factor
-            break
-    if L is None:  # nothing was ever seen
-        return W.new_zeros(len(order) + 1)
-    A = W[:, columns] @ L
-    energy = (A * (A if R is None else R.double() @ A)).sum(0).clamp_min(0)
-    per_unit = energy.view(-1, size).sum(1)
-    return torch.cat([per_unit, per_unit.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+
+    order: Tensor
+    size: int
+    L: Tensor
+    A: Tensor
+    exact: bool
+
+    @classmethod
+    def of(cls, W: Tensor, C: Tensor, order: Tensor, size: int = 1) -> Leading:
+        """Take the factor.
+
+        Args:
+            W: [m, n].
+            C: [n, n].
+            order: int64 [units], all of them.
+            size: columns of a unit.
+        """
+        columns = columns_of(order, size)
+        moment = C.double()[columns][:, columns]
+        for ridge in RIDGES:
+            damped = moment
+            if ridge:
+                damped = moment.clone()
+                damped.diagonal().add_(ridge * moment.diagonal().mean())
+            L, info = torch.linalg.cholesky_ex(damped)
+            if int(info) == 0:
+                # of unit channels, what each adds to those before it
+                own = L.diagonal() / moment.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+                return cls(order, size, L, W.double()[:, columns] @ L, ridge == 0 and float(own.min()) > DOUBTFUL)
+        return cls(order, size, torch.zeros_like(moment), W.new_zeros(W.shape, dtype=torch.float64), False)
+
+    def losses(self, R: Tensor | None) -> Tensor:
+        """What is lost if only the first k units stay: float64 [units + 1].
+
+        Args:
+            R: metric of the outputs [m, m], None for the identity.
+        """
+        energy = (self.A * (self.A if R is None else R.double() @ self.A)).sum(0).clamp_min(0)
+        per_unit = energy.view(-1, self.size).sum(1)
+        return torch.cat([per_unit, per_unit.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+
+    def matrix(self, k: int) -> Tensor | None:
+        """V [m, k * size] of the first k units, in ascending order of these; None if C was not well conditioned."""
+        if not self.exact:
+            return None
+        n = k * self.size
+        V = torch.linalg.solve_triangular(self.L[:n, :n], self.A[:, :n], upper=False, left=False)
+        return V[:, columns_of(self.order[:k].argsort(), self.size)]
+
+
+DOUBTFUL = 1e-5
+"""A channel of unit power of which the others leave less than this unexplained is not solved for by substitution."""
 
 
 def narrowed(W: Tensor, C: Tensor | None, columns: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def read_specs(section: Mapping[str, Any]) -> dict[str, Spec]:
     if config.shape is not None:
         raise CorankError(
             "The blocks of this model have widths of their own, which vLLM's model classes cannot be given; serve it by "
-            "`corank serve`, or compress the dense model with families=factorize or uniform=true."
+            "`corank serve`, compress the dense model with families=factorize or uniform=true, " + dense
         )
     for name, entry in config.modules.items():
         kind = entry.get("kind")
