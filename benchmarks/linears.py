@@ -1,4 +1,4 @@
-"""Single matrices and their two factors, at ranks as they come and aligned."""
+"""Single matrices and their two factors, at ranks as they come and aligned, and with the second factor stored by columns."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from benchmarks.allowance import Allowance
 from benchmarks.rounds import ratio, rounds, spread
+from corank.runtime.layout import turn
 from corank.timing import Device, matrix_seconds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -20,6 +21,7 @@ KEEPS = (0.8, 0.5)
 MANY = 64
 STEP = 32
 COPIES_BYTES = 1 << 27
+BY_COLUMNS = "second factor by columns"
 
 
 def linears(
@@ -43,6 +45,11 @@ def linears(
                 if rank % STEP:
                     ranks[f"keep {keep}, rank {rank // STEP * STEP}"] = rank // STEP * STEP
             weights = {label: _copies(m, n, rank, DTYPES[name]) for label, rank in ranks.items()}
+            if DTYPES[name] == torch.float32:  # as the runtimes `packed` and `auto` store them
+                for label, rank in [(f"keep {KEEPS[-1]}, {BY_COLUMNS}", int(KEEPS[-1] * m * n / (m + n)))]:
+                    ranks[label], weights[label] = rank, _copies(m, n, rank, DTYPES[name])
+                    for _, up in weights[label]:
+                        turn(up)
             for count in tokens:
                 x = torch.randn(count, n).to(DTYPES[name])
                 # many tokens are bound by arithmetic, and two copies are enough

@@ -10,7 +10,7 @@
 | `torch` | the modules as they are |
 | `chunked` | MLPs over chunks of tokens: [tokens, intermediate] never exists |
 | `flashsvd` | chunked, and attention from latents by groups of heads |
-| `packed` | chunked, and one product for the first factors of matrices that read one input |
+| `packed` | chunked, one product for the first factors of matrices that read one input, tall factors by columns |
 | `triton` | packed, with the operations of `corank.kernels` where they suit |
 | `graph` | packed, and generation with a static cache, every step one compiled graph |
 | `auto` | per layer and number of tokens the fastest of these as measured on this device, never slower than `torch` |

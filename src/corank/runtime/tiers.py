@@ -13,6 +13,7 @@ from corank.errors import unknown
 from corank.runtime.attention import latent_attentions
 from corank.runtime.dispatch import Table
 from corank.runtime.graph import graphs
+from corank.runtime.layout import turned
 from corank.runtime.mlp import mlps
 from corank.runtime.override import Override, install, uninstall
 from corank.runtime.packed import packed_heads
@@ -36,14 +37,14 @@ def chunked(model: Any, chunk: int | None = None) -> list[Override]:
 
 
 def packed(model: Any, chunk: int | None = None, grouped: bool | None = None) -> list[Override]:
-    """One product for the first factors of matrices with one input; MLPs over chunks of tokens.
+    """One product for the first factors of matrices with one input; MLPs over chunks of tokens; tall factors by columns.
 
     Args:
         model: the model.
         chunk: as for `chunked`.
         grouped: also the second factors together where their sizes allow it; None: on CUDA.
     """
-    return [*mlps(model, chunk, ("packed",), grouped), *packed_heads(model, grouped)]
+    return [*mlps(model, chunk, ("packed",), grouped), *packed_heads(model, grouped), *turned(model)]
 
 
 def graph(model: Any, backend: Any = None, chunk: int | None = None, grouped: bool | None = None) -> list[Override]:
@@ -92,7 +93,7 @@ def auto(model: Any, folder: str | os.PathLike[str] | None = None) -> list[Overr
     table = Table(folder)
     gpu = _on_cuda(model)
     ways = ("triton", "packed", "plain") if gpu else ("packed", "plain")
-    return [*mlps(model, None, ways, table=table), *packed_heads(model, kernel=gpu, table=table)]
+    return [*mlps(model, None, ways, table=table), *packed_heads(model, kernel=gpu, table=table), *turned(model)]
 
 
 def _on_cuda(model: nn.Module) -> bool:
