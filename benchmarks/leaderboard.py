@@ -29,8 +29,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def cells_of(methods: list[str], keep: tuple[float, ...], quick: bool = False) -> list[Cell]:
-    """Ratio by ratio, the methods without a second activation stream first: their cells cost least."""
-    order = sorted(methods, key=lambda name: (recipe.get(name).recipe().sequential, name != "best", name))
+    """Ratio by ratio, those that cost least first: no training, then no second activation stream."""
+    order = sorted(methods, key=lambda n: (bool(options(n)), recipe.get(n).recipe().sequential, n != "best", n))
     return [Cell(name, {"keep": k}, options(name) if quick else {}) for k in keep for name in order]
 
 

@@ -239,15 +239,27 @@ def test_a_converter_that_fails_leaves_nothing(settings, message, small, tmp_pat
     assert not list((tmp_path / "new").iterdir())
 
 
+def test_the_converter_is_found_in_the_sources_of_llama_cpp(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path / "llama.cpp"))
+    with pytest.raises(CorankError, match="set LLAMA_CPP"):
+        export(small[0], "gguf", tmp_path / "small.gguf")
+    install(tmp_path / "llama.cpp")
+    (tmp_path / "llama.cpp" / "llama-convert-hf-to-gguf").rename(tmp_path / "llama.cpp" / "convert_hf_to_gguf.py")
+    assert export(small[0], "gguf", tmp_path / "small.gguf").files == {
+        "small.gguf": (tmp_path / "small.gguf").stat().st_size
+    }
+
+
 def test_without_a_converter_it_says_what_to_run(small, tmp_path, monkeypatch):
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(CorankError) as error:
         export(small[0], "gguf", tmp_path / "small.gguf")
     said = str(error.value)
-    first = said.split("run: ")[1].split(" && ")[0].split()
-    assert first[:2] == ["corank", "export"] and "convert_hf_to_gguf.py dense --outfile" in said
-    monkeypatch.chdir(tmp_path)
-    assert main([*first[1:], "--quiet"]) == 0  # the first of the commands is our own, and works
+    assert "pip download" in said and "LLAMA_CPP=" in said
+    last = said.rpartition(") ")[2].split()
+    assert last[:2] == ["corank", "export"] and last[-2:] == ["--out", str(tmp_path / "small.gguf")]
     with pytest.raises(CorankError, match="NAME.gguf"):
         export(small[0], "gguf", tmp_path / "small")
 

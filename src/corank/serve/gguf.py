@@ -17,11 +17,22 @@ from corank.serve.export import Export, Step, count
 #: Programs that llama.cpp installs, by its Python package and by its distribution; and the module behind them.
 PROGRAMS = ("llama-convert-hf-to-gguf", "convert_hf_to_gguf.py", "convert_hf_to_gguf")
 MODULE = "convert_hf_to_gguf"
-SOURCE = "https://github.com/ggml-org/llama.cpp"
+PACKAGE = "llama-cpp-python"
+"""On the package index; its source distribution contains those of llama.cpp."""
 
 
 def converter() -> list[str] | None:
-    """The command of the converter that is installed here, or None."""
+    """The command of the converter that is installed here or lies in the directory ``$LLAMA_CPP``, or None.
+
+    Raises:
+        CorankError: ``$LLAMA_CPP`` is set, and there is no converter in it.
+    """
+    sources = os.environ.get("LLAMA_CPP")
+    if sources:
+        script = Path(sources).expanduser() / f"{MODULE}.py"
+        if not script.is_file():
+            raise CorankError(f"There is no {script.name} in {sources}; set LLAMA_CPP to the sources of llama.cpp.")
+        return [sys.executable, str(script)]
     for name in PROGRAMS:
         beside = Path(sys.executable).with_name(name)
         found = shutil.which(name) or (str(beside) if beside.is_file() else None)
@@ -48,9 +59,9 @@ def to_gguf(path: Path, target: Path, step: Step) -> Export:
     command = converter()
     if command is None:
         raise CorankError(
-            "GGUF files are made by llama.cpp's converter, which is not installed here and not on the package index; "
-            f"run: corank export {path} --format dense --out dense && git clone {SOURCE} && pip install -r "
-            f"llama.cpp/requirements.txt && python llama.cpp/{MODULE}.py dense --outfile {target}"
+            "GGUF files are made by llama.cpp's converter, which is not installed here; it is in the sources of the package "
+            f"{PACKAGE}, so run: pip download --no-deps --no-binary :all: {PACKAGE} && tar xf llama_cpp_python-*.tar.gz && "
+            f"LLAMA_CPP=$(echo llama_cpp_python-*/vendor/llama.cpp) corank export {path} --format gguf --out {target}"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
