@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import corank
@@ -128,7 +129,7 @@ def fill(
             "stages": report.stages,
             "peak_memory_bytes": report.peak_memory_bytes,
             "class": report.structure.get("class"),
-            "loss": sum(s["loss"] for s in report.sites) / len(report.sites),
+            "loss": mean(losses) if (losses := [s["loss"] for s in report.sites if s["loss"] is not None]) else None,
         }
 
     rows: list[dict[str, Any]] = []
