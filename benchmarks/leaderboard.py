@@ -38,9 +38,9 @@ def options(name: str) -> dict[str, Any]:
     """What bounds the time of a method that trains or tries, none for the others."""
     entry = recipe.get(name)
     made = entry.recipe()
-    if made.allocate in training.FAMILIES:  # ara, dobi-svd
+    if made.allocate in (*training.FAMILIES, "acip"):
         return {"steps": QUICK_STEPS}
-    if "minutes" in entry.parameters or getattr(made, "train", None) is not None or made.allocate == "acip":
+    if "minutes" in entry.parameters or getattr(made, "train", None) is not None:
         return {"minutes": QUICK_MINUTES}
     return {"trials": QUICK_TRIALS} if made.allocate == "bolaco" else {}
 
