@@ -80,7 +80,7 @@ class Recipe:
         learning: how allocate=acip trains.
         heal: how the result is trained afterwards (`corank.heal.ways`), "none" for closed forms alone.
         epochs: passes of that training over the calibration text.
-        minutes: its end by the clock, if that comes first; None for none.
+        minutes: its end by the clock, if that comes first, and that of the training of allocate=acip; None for none.
         fallback: what to do, with a warning, where gradients cannot be had; None: that is an error.
         train: trains the dense model first, in memory and in place, and names ranks for `rule` to hand on; an allocator that
             is asked for takes its place. Called with (job, directory for its state or None).

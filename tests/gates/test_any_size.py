@@ -176,6 +176,17 @@ def test_settings(settings, tmp_path):
         assert all(row["rank"] % step == 0 or row["kind"] == "dense" for row in each.sites)
 
 
+def test_the_clock_ends_the_training(tmp_path):
+    stages = []
+    settings = {**DATA, "steps": 400, "minutes": 1e-6}
+    model = tiny("llama-gqa")
+    report = corank.compress(
+        model, "acip", keep=0.6, tokenizer=tokenizer(), progress=lambda *told: stages.append(told[1]), **settings
+    )
+    assert 1 <= stages.count("train") < 20
+    assert report.accounting["sites"]["compressed"] <= 0.6 * report.accounting["sites"]["dense"]
+
+
 def test_a_refit_leaves_no_map(tmp_path):
     """What is fitted to the inputs at one size is not what another size would be."""
     corank.compress(tiny("llama-gqa"), "acip", keep=0.6, refit=True, out=tmp_path / "x", tokenizer=tokenizer(), **DATA)

@@ -123,6 +123,7 @@ def _truncations(job: Job, store: StatisticsStore) -> tuple[dict[str, Truncation
     recipe, data = job.recipe, data_of(job)
     assert isinstance(recipe.factorize, Spectral)
     how = [recipe.learning, recipe.steps, recipe.kind, recipe.affine, job.seed, job.source.dtype]
+    how += [recipe.minutes] if recipe.minutes is not None else []
     digest = hashlib.sha256("|".join(map(str, how)).encode())
     digest.update(data.ids.numpy().tobytes())
     found = {}
@@ -166,6 +167,7 @@ def _trained(job: Job, truncations: Mapping[str, Truncation], state: Any) -> Sco
         len(data.ids),
         batch=SEQUENCES,
         learning_rate=rate(recipe.steps),
+        minutes=recipe.minutes,  # what is still open then is ranked by its gates
         seed=job.seed,
         clip=float("inf"),
         checks=1,
