@@ -135,11 +135,15 @@ def _times(ratio: float) -> str:
     return f"{ratio:.3f}×" if ratio < 10 else f"{ratio:,.0f}×"
 
 
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
 def _conditions(data: dict[str, Any]) -> str:
     calibration, hardware = data["calibration"], data["hardware"]
     return (
         f"{data['model']}; calibration {calibration['samples']} × {calibration['length']} tokens of {_title(calibration['text'])}; "
-        f"{data['windows'] or 'all'} evenly spaced windows of {data['window']} tokens; {hardware['processor']}, {hardware['threads']} threads."
+        f"{data['windows'] or 'all'} evenly spaced windows of {data['window']} tokens; {hardware['processor']}, {_threads(hardware['threads'])}."
     )
 
 
