@@ -76,11 +76,12 @@ def side_legend(figure: Figure, axes: Axes, theme: Theme) -> None:
 
 
 def line_look(index: int) -> dict[str, Any]:
-    """Colour, marker and line style of the ``index``-th name; the first 24 differ."""
-    style = ("-", "--", ":")[index // len(OKABE_ITO) % 3]
+    """Colour, marker and line style of the ``index``-th name; the first 24 differ, single points too."""
+    turn = index // len(OKABE_ITO)
+    style = ("-", "--", ":")[turn % 3]
     return {
         "color": OKABE_ITO[index % len(OKABE_ITO)],
-        "marker": MARKERS[index % len(MARKERS)],
+        "marker": MARKERS[(index + turn) % len(MARKERS)],
         "linestyle": style,
         "markeredgewidth": 0,
     }
