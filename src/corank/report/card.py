@@ -101,7 +101,9 @@ def write_card(
     path = Path(path)
     path = path / "README.md" if path.is_dir() else path
     known = (path.parent / "config.json").is_file()
-    classes = {"auto_class": _auto_class(path.parent), "preprocessor": _preprocessor(path.parent)} if known else {}
+    classes: dict[str, Any] = {}
+    if known:
+        classes = {"auto_class": _auto_class(path.parent), "preprocessor": _preprocessor(path.parent)}
     return write_text(path, model_card(report, name=name, cite=cite, license=license, **classes))
 
 
